@@ -1,0 +1,69 @@
+"""mmx: multimodal Transformers in JAX. Every way of letting modalities attend to each other, as pure functions.
+
+    model = mmx.build_model({"image": mmx.modalities.Patches((32, 32), (8, 8)), "text": mmx.modalities.Ids(4096, 32)})
+    variables = model.init(jax.random.key(0), mmx.example_batch(model))
+    out = model.apply(variables, batch)          # Outputs: .streams .pooled .embeddings .logits
+
+The names below are the public ones. They are loaded when they are first used: importing mmx touches no device.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train
+    from mmx.flops import count_flops
+    from mmx.generate import greedy
+    from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
+    from mmx.train.experiment import Experiment
+    from mmx.types import Masked, Outputs, Tokens
+
+__version__ = "0.1.0"
+
+_MODULES = ("data", "evaluate", "heads", "layers", "losses", "modalities", "objectives", "parallel", "topologies", "train")
+_NAMES = {
+    "Experiment": "mmx.train.experiment",
+    "Masked": "mmx.types",
+    "MultimodalTransformer": "mmx.model",
+    "Outputs": "mmx.types",
+    "Tokens": "mmx.types",
+    "build_model": "mmx.model",
+    "count_flops": "mmx.flops",
+    "count_parameters": "mmx.model",
+    "example_batch": "mmx.model",
+    "greedy": "mmx.generate",
+}
+__all__ = [
+    "Experiment",
+    "Masked",
+    "MultimodalTransformer",
+    "Outputs",
+    "Tokens",
+    "build_model",
+    "count_flops",
+    "count_parameters",
+    "data",
+    "evaluate",
+    "example_batch",
+    "greedy",
+    "heads",
+    "layers",
+    "losses",
+    "modalities",
+    "objectives",
+    "parallel",
+    "topologies",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"mmx.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'mmx' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,79 @@
+"""Attention, and the one place where a kernel is chosen."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from mmx.parallel import constrain
+
+
+def attend(
+    query: Float[Array, "B Lq H K"],
+    key: Float[Array, "B Lk G K"],
+    value: Float[Array, "B Lk G K"],
+    key_mask: Bool[Array, "B Lk"] | None = None,
+    visible: np.ndarray | None = None,
+) -> Float[Array, "B Lq H K"]:
+    """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
+
+    Args:
+        query: `(B, Lq, H, K)`.
+        key: `(B, Lk, G, K)`; G divides H, and H / G query heads share one key head.
+        value: `(B, Lk, G, K)`.
+        key_mask: which keys exist, `(B, Lk)`.
+        visible: the rule who may see whom, `(Lq, Lk)`, a constant.
+
+    Returns:
+        `(B, Lq, H, K)`. A query that may see no key gets zeros, in value and in gradient.
+    """
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1:
+        key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    query = query * (1.0 / math.sqrt(query.shape[-1]))
+    scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)  # (B, H, Lq, Lk)
+    if key_mask is None and visible is None:
+        weights = jax.nn.softmax(scores)
+    else:
+        allowed = jnp.ones((1, 1, 1, 1), bool) if key_mask is None else key_mask[:, None, None, :]
+        allowed = allowed if visible is None else allowed & visible
+        weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min))
+        weights = jnp.where(allowed, weights, 0.0)  # a row without keys is uniform before this line
+    return jnp.einsum("bhqm,bmhk->bqhk", weights.astype(value.dtype), value)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x (B, L, D)` to `context (B, M, D')`, or to itself."""
+
+    heads: int
+    head_size: int
+    kv_heads: int
+    bias: bool
+    qk_norm: bool
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        context_mask: jax.Array | None = None,
+        visible: np.ndarray | None = None,
+    ) -> jax.Array:
+        def heads(y: jax.Array, count: int, name: str) -> jax.Array:  # (B, L, D) -> (B, L, H, K)
+            dense = nn.DenseGeneral((count, self.head_size), use_bias=self.bias, dtype=self.dtype, name=name)
+            return constrain(dense(y), "batch", "length", "heads", "head")
+
+        query = heads(x, self.heads, "query")
+        key, value = (heads(context, self.kv_heads, name) for name in ("key", "value"))
+        if self.qk_norm:
+            query = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="query_norm")(query)
+            key = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="key_norm")(key)
+        y = attend(query, key, value, context_mask, visible)  # (B, L, H, K)
+        out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, name="out")
+        return out(y)

@@ -1,0 +1,131 @@
+"""A Transformer block: a short word of sublayers, each with a residual.
+
+    "self mlp"            encoder                      "cross self mlp"        LXMERT
+    "self cross mlp"      decoder, ALBEF               "cross mlp self mlp"    ViLBERT
+    "cross mlp"           MulT
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.errors import unknown
+from mmx.layers.attention import Attention
+from mmx.layers.mlp import ACTIVATIONS, MLP
+from mmx.layers.norms import NORMS, make_norm
+from mmx.parallel import constrain
+
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What varies between the blocks of published models. No other place holds it."""
+
+    width: int = 256
+    """Size of a token, D."""
+    heads: int = 4
+    """Attention heads, H."""
+    head_size: int | None = None
+    """Size of a head, K. None: width / heads."""
+    kv_heads: int | None = None
+    """Heads of keys and values; fewer than heads means that queries share them (GQA). None: heads."""
+    mlp: int | None = None
+    """Hidden size of the MLP, F. None: 4 x width."""
+    activation: str = "gelu_tanh"
+    """One of gelu (erf), gelu_tanh, quick_gelu, relu, silu, tanh."""
+    norm: str = "pre"
+    """Where the norm stands: pre (before a sublayer, one more after the stack) or post (after the residual)."""
+    norm_kind: str = "layer"
+    """layer or rms."""
+    eps: float = 1e-6
+    """The norms' epsilon."""
+    bias: bool = True
+    """Whether dense layers have biases."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised (ViT-22B)."""
+    layer_scale: float | None = None
+    """Initial value of a learned scale on every residual branch (CaiT); None: no scale."""
+    dropout: float = 0.0
+    """Dropout rate on every residual branch; acts where a `dropout` key is given."""
+    drop_path: float = 0.0
+    """Stochastic depth: the rate at the last layer, growing linearly from 0 at the first (arXiv 1603.09382)."""
+    dtype: str = "float32"
+    """Type of the computation. Parameters are float32; norms' statistics and softmax too."""
+    remat: str = "none"
+    """What the backward pass computes again: none, full (everything), dots (all but matrix products)."""
+    unroll: int = 1
+    """Layers per iteration of the scan over layers. The layout of parameters does not depend on it."""
+
+    def __post_init__(self) -> None:
+        for field, known in (("activation", ACTIVATIONS), ("norm_kind", NORMS), ("remat", REMAT), ("norm", ("pre", "post"))):
+            if getattr(self, field) not in known:
+                raise ValueError(unknown(field, getattr(self, field), known))
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"block: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+
+
+def sublayer_names(word: str) -> list[tuple[str, str]]:
+    """Splits a word into `(name, kind)` of each sublayer: `"cross mlp self mlp"` has `mlp` and `mlp_1`."""
+    kinds = word.split()
+    for kind in kinds:
+        if kind not in ("self", "cross", "mlp"):
+            raise ValueError(unknown("sublayer", kind, ("self", "cross", "mlp")))
+    return [(kind if kind not in kinds[:i] else f"{kind}_{kinds[:i].count(kind)}", kind) for i, kind in enumerate(kinds)]
+
+
+class Block(nn.Module):
+    """One block: `x (B, L, D) -> (B, L, D)`; `cross` reads `context (B, M, D)` and adds zero where there is none."""
+
+    config: BlockConfig
+    sublayers: str = "self mlp"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        visible: np.ndarray | None = None,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        drop_path: jax.Array | float = 0.0,
+    ) -> jax.Array:
+        c = self.config
+        for name, kind in sublayer_names(self.sublayers):
+            norm = make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm")
+            y = norm(x) if c.norm == "pre" else x
+            if kind == "mlp":
+                y = MLP(c.mlp or 4 * c.width, c.activation, c.bias, c.dtype, name=name)(y)
+            else:
+                attention = Attention(
+                    c.heads, c.head_size or c.width // c.heads, c.kv_heads or c.heads, c.bias, c.qk_norm, c.eps, c.dtype, name=name
+                )
+                if kind == "self":
+                    y = attention(y, y, mask, visible)
+                elif context is None:
+                    y = jnp.zeros_like(x)
+                else:
+                    y = attention(y, context, context_mask)
+                    if context_mask is not None:  # nothing to read: not even the bias of the output
+                        y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
+            if c.layer_scale is not None:
+                y = y * self.param(f"{name}_scale", nn.initializers.constant(c.layer_scale), (c.width,)).astype(y.dtype)
+            x = x + self.drop(y, drop_path, name)
+            x = constrain(x if c.norm == "pre" else norm(x), "batch", "length", "stream")
+        return x
+
+    def drop(self, y: jax.Array, drop_path: jax.Array | float, name: str) -> jax.Array:
+        """Dropout, then stochastic depth per example. Without a `dropout` key the branch passes unchanged."""
+        if not self.has_rng("dropout"):
+            return y
+        y = nn.Dropout(self.config.dropout, deterministic=False, name=f"{name}_dropout")(y)
+        if self.config.drop_path:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (y.shape[0], 1, 1))
+            y = y * (keep / (1 - drop_path)).astype(y.dtype)
+        return y

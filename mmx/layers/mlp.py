@@ -1,0 +1,34 @@
+"""The feed-forward sublayer and the activations published models use."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx.parallel import constrain
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # erf: BERT, ViT, LXMERT, ViLT, FLAVA
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2, SigLIP, MBT
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "relu": jax.nn.relu,  # the vanilla Transformer, MulT
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class MLP(nn.Module):
+    """Two dense layers with an activation between them: `(B, L, D) -> (B, L, D)`."""
+
+    hidden: int
+    activation: str
+    bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
+        h = constrain(ACTIVATIONS[self.activation](h), "batch", "length", "mlp")
+        return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)

@@ -1,0 +1,50 @@
+"""Losses: pure functions of float32 arrays. One function, one idea; each says its shapes and its source."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def clip_loss(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    logit_scale: Float[Array, ""] | float,
+    mask: Bool[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+    """Symmetric InfoNCE over the batch: the partner of row i is row i, all other rows are negatives.
+
+        (CE(image -> text) + CE(text -> image)) / 2        (CLIP, arXiv 2103.00020, figure 3)
+
+    Args:
+        image: unit vectors `(B, E)`.
+        text: unit vectors `(B, E)`.
+        logit_scale: the inverse temperature, a positive scalar.
+        mask: rows whose two sides both exist `(B,)`; the others are neither partners nor negatives. 0 if there is none.
+    """
+    logits = logit_scale * jnp.einsum("ie,je->ij", image, text, preferred_element_type=jnp.float32)  # (B, B)
+    diagonal = jnp.diagonal(logits)
+    mask = jnp.ones(diagonal.shape, bool) if mask is None else mask
+    lowest = jnp.finfo(jnp.float32).min
+    rows = jax.nn.logsumexp(jnp.where(mask[None, :], logits, lowest), axis=1) - diagonal
+    columns = jax.nn.logsumexp(jnp.where(mask[:, None], logits, lowest), axis=0) - diagonal
+    return masked_mean((rows + columns) / 2, mask)
+
+
+def cross_entropy(
+    logits: Float[Array, "... V"], labels: Int[Array, "..."], label_smoothing: float = 0.0
+) -> Float[Array, "..."]:
+    """Cross-entropy of each label, in nats: `(..., V), (...) -> (...)`.
+
+    With `label_smoothing` e, the target is 1 - e on the label and e / V everywhere (arXiv 1512.00567, 7).
+    """
+    logits = logits.astype(jnp.float32)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing * logits.mean(-1)
+    return normalizer - target
+
+
+def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+    """The mean over the entries where `mask` is True; 0 where there is none."""
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)

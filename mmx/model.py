@@ -1,0 +1,132 @@
+"""A model is modalities, a topology, and heads. Every model accepts any subset of its modalities."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx.errors import unknown
+from mmx.heads import Projection, mean_pool, stream_of
+from mmx.layers import BlockConfig
+from mmx.topologies import Stage, make_topology
+from mmx.topologies.stages import fill_block
+from mmx.types import Batch, Outputs, Streams
+
+MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
+
+
+class MultimodalTransformer(nn.Module):
+    """Any topology over any modalities; built by `mmx.build_model`, which fills in width and type everywhere.
+
+    Args:
+        modalities: name -> embedder, in the order in which streams are concatenated.
+        stages: the topology.
+        heads: name -> head; its output is `Outputs.logits[name]`.
+        embed: size of the space shared by all modalities, E; None: no embeddings.
+    """
+
+    modalities: Mapping[str, nn.Module]
+    stages: tuple[Stage, ...]
+    heads: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    embed: int | None = None
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, batch: Batch, causal: Iterable[str] = ()) -> Outputs:
+        """Runs the model on the modalities that are in the batch; deterministic unless a `dropout` key is given.
+
+        Args:
+            batch: `{modality: raw array or Masked}`, any non-empty subset of the model's modalities.
+            causal: modalities to read as a decoder does: each token sees its past and the other modalities.
+        """
+        self._check(batch, causal)
+        streams: Streams = {
+            name: embedder(batch[name]).replace(causal=name in causal)  # type: ignore[operator]
+            for name, embedder in self.modalities.items()
+            if name in batch
+        }
+        for stage in self.stages:
+            streams = stage(streams)  # type: ignore[operator]
+        pooled = {name: mean_pool(tokens) for name, tokens in streams.items()}
+        answers = {name: head(streams, pooled, self.modalities) for name, head in self.heads.items()}  # type: ignore[operator]
+        logits = {name: value for name, value in answers.items() if value is not None}
+        if self.embed is None:
+            return Outputs(streams, pooled, {}, logits)
+        embeddings = {}
+        for name in self.modalities:
+            if name in batch:
+                projection = Projection(self.embed, self.dtype, name=f"embed_{name}")
+                embeddings[name] = projection(pooled[stream_of(streams, name) or name])
+        scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+        return Outputs(streams, pooled, embeddings, logits, jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE))
+
+    def _check(self, batch: Batch, causal: Iterable[str]) -> None:
+        for name in (*batch, *causal):
+            if name not in self.modalities:
+                raise ValueError(unknown("modality", name, self.modalities))
+        if not batch:
+            raise ValueError(f"the batch is empty; it needs at least one of {', '.join(self.modalities)}")
+
+
+def build_model(
+    modalities: Mapping[str, nn.Module],
+    topology: str | tuple[Stage, ...] = "multi_to_one",
+    *,
+    width: int = 256,
+    depth: int = 6,
+    heads: int = 4,
+    embed: int | None = None,
+    outputs: Mapping[str, nn.Module] | None = None,
+    dtype: str = "float32",
+    **block: Any,
+) -> MultimodalTransformer:
+    """Builds any topology over any modalities.
+
+    Args:
+        modalities: name -> embedder, such as `mmx.modalities.Patches(size=(32, 32), patch=(4, 4))`; the order is that of
+            the concatenation. An embedder without a width takes the model's.
+        topology: one of the six names, or a tuple of stages; a stage without a block takes the model's.
+        width: size of a token, D.
+        depth: layers on the way of a token, for a topology given by name.
+        heads: attention heads.
+        embed: size of the space shared by all modalities; None: width; 0: no embeddings.
+        outputs: further heads by name, such as `{"matching": mmx.heads.Classifier(2)}`.
+        dtype: type of the computation, float32 or bfloat16; parameters are float32.
+        **block: further fields of `mmx.layers.BlockConfig`.
+
+    Raises:
+        ValueError: an unknown topology or field, with the nearest known name.
+    """
+    fields = [field.name for field in dataclasses.fields(BlockConfig)]
+    for name in block:
+        if name not in fields:
+            raise ValueError(unknown("field of BlockConfig", name, fields))
+    config = BlockConfig(width=width, heads=heads, dtype=dtype, **block)
+    stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
+    stages = tuple(fill_block(stage, config) for stage in stages)
+    return MultimodalTransformer(
+        modalities={name: _fill(m, width=width, dtype=dtype) for name, m in modalities.items()},
+        stages=stages,
+        heads={name: _fill(head, dtype=dtype) for name, head in (outputs or {}).items()},
+        embed=None if embed == 0 else embed or width,
+        dtype=dtype,
+    )
+
+
+def example_batch(model: MultimodalTransformer, batch_size: int = 2) -> dict[str, Any]:
+    """Returns a batch of the right form with every modality: zeros, all there. For building parameters and for tests."""
+    return {name: m.example(batch_size) for name, m in model.modalities.items()}  # type: ignore[attr-defined]
+
+
+def count_parameters(params: Any) -> int:
+    """The number of parameters, of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _fill(module: nn.Module, **values: Any) -> nn.Module:
+    """Returns the module with `width` and `dtype` set where it left them open."""
+    current = {name: getattr(module, name, None) for name in values}
+    return module.clone(**{name: values[name] for name, value in current.items() if value is None or name == "dtype"})

@@ -1,0 +1,103 @@
+"""Matching: does this belong to that? Survey 3.4, "matching"."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx.heads import Classifier, stream_of
+from mmx.losses import clip_loss, cross_entropy
+from mmx.objectives.views import View, view
+from mmx.types import Batch, Metrics, Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """Each modality alone into the shared space; partners close, all others of the batch far (CLIP, ALIGN)."""
+
+    weight: float = 1.0
+    """Share in the total loss; 0 leaves it out."""
+    modalities: tuple[str, ...] = ("image", "text")
+    """The loss is the mean over all pairs of these."""
+
+    def heads(self) -> Mapping[str, nn.Module]:
+        return {}
+
+    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
+        return batch
+
+    def views(self) -> tuple[View, ...]:
+        return tuple(view(name) for name in self.modalities)
+
+    def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
+        embeddings, present = {}, {}
+        for name, output in zip(self.modalities, outputs, strict=True):
+            embeddings[name] = output.embeddings[name]
+            present[name] = output.streams[stream_of(output.streams, name) or name].present
+        rows = next(iter(present.values())).shape
+        scale = outputs[0].logit_scale
+        if scale is None:
+            raise ValueError("contrastive: the model has no shared space; build it with embed > 0")
+        return {"embeddings": embeddings, "present": present, "logit_scale": jnp.broadcast_to(scale, rows)}
+
+    def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
+        embeddings, present, scale = values["embeddings"], values["present"], values["logit_scale"].mean()
+        losses = [
+            clip_loss(embeddings[a], embeddings[b], scale, present[a] & present[b])
+            for a, b in itertools.combinations(self.modalities, 2)
+        ]
+        return jnp.stack(losses).mean(), {"logit_scale": scale}
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Is this text the text of this image? In half of the examples it is that of another one of the batch.
+
+    All modalities are read together, so this is what trains their interaction (ITM: ViLBERT, LXMERT, UNITER).
+    """
+
+    weight: float = 1.0
+    """Share in the total loss; 0 leaves it out."""
+    modalities: tuple[str, ...] = ("image", "text")
+    """What is read together; the last one is swapped."""
+    swap_rate: float = 0.5
+    """How often it is swapped."""
+
+    def heads(self) -> Mapping[str, nn.Module]:
+        return {"matching": Classifier(2)}
+
+    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
+        original = batch[self.modalities[-1]]
+        size = jax.tree.leaves(original)[0].shape[0]
+        shift_key, swap_key = jax.random.split(key)
+        shift = jax.random.randint(shift_key, (), 1, max(size, 2))
+        swap = jax.random.bernoulli(swap_key, self.swap_rate, (size,))
+        other = jax.tree.map(lambda x: jnp.roll(x, shift, axis=0), original)
+        same = jnp.stack([_rows_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (original, other)), strict=True)]).all(0)
+
+        def pick(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+            return jnp.where(swap.reshape(-1, *[1] * (mine.ndim - 1)), theirs, mine)
+
+        swapped = jax.tree.map(pick, original, other)
+        return {**batch, "matching/swapped": swapped, "matching/label": (~swap | same).astype(jnp.int32)}
+
+    def views(self) -> tuple[View, ...]:
+        return (view(*self.modalities[:-1], **{self.modalities[-1]: "matching/swapped"}),)
+
+    def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
+        return {"logits": outputs[0].logits["matching"], "label": batch["matching/label"]}
+
+    def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
+        logits, label = values["logits"], values["label"]
+        accuracy = (logits.argmax(-1) == label).astype(jnp.float32).mean()
+        return cross_entropy(logits, label).mean(), {"matching/accuracy": accuracy}
+
+
+def _rows_equal(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a == b).reshape(a.shape[0], -1).all(-1)
+
+

@@ -1,0 +1,107 @@
+"""The mesh, and the one table from logical axes (what a dimension means) to mesh axes (where it lives).
+
+    data    examples; parameters are copied            fsdp    examples; parameters are split over `embed`
+    tensor  heads, mlp and vocabulary are split
+
+Any size may be 1. Axis types are Auto: `jax.make_mesh` now defaults to Explicit, under which Linen does not run.
+A mesh is always entered in a scope, `with jax.set_mesh(mesh):`, never set for the whole process.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mmx.errors import unknown
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed": ("fsdp",),
+    "stream": (),  # the width of an activation: never split, or every layer would gather it
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "head": (),
+    "vocab": ("tensor",),
+    "layers": (),
+    "pixels": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged. At most one size may be -1: it takes the devices that are left."""
+
+    data: int = -1
+    """Copies of the model, each on its own part of the batch."""
+    fsdp: int = 1
+    """Parts that parameters and optimizer state are split into; the batch is split over them too."""
+    tensor: int = 1
+    """Parts that heads, mlp and vocabulary are split into."""
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """Returns the size of each axis on `devices` devices, or raises a ValueError that says what would fit."""
+        sizes = dict(zip(AXES, (self.data, self.fsdp, self.tensor), strict=True))
+        if bad := {axis: size for axis, size in sizes.items() if size == 0 or size < -1}:
+            raise ValueError(f"mesh: every size is a positive number, or -1 for 'the rest'; got {bad}")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise ValueError(f"mesh: at most one size may be -1, got {sizes}; set mesh.{free[0]} to a number")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if free:
+            sizes[free[0]] = devices // fixed
+        if math.prod(sizes.values()) != devices or (free and sizes[free[0]] == 0):
+            asked = "x".join(str(size) for size in (self.data, self.fsdp, self.tensor))
+            raise ValueError(
+                f"mesh: data x fsdp x tensor = {asked} does not use exactly the {devices} device(s) found. "
+                f"Choose sizes whose product is {devices}"
+                + ("; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 emulates 8 devices" if fixed > devices else "")
+            )
+        return tuple(sizes.values())
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh over `devices` (all of them unless given)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """Logical names -> PartitionSpec. A mesh axis is used once, by the first that asks; an unknown name is an error."""
+    used: set[str] = set()
+    parts: list[tuple[str, ...] | None] = []
+    for name in logical:
+        if name is not None and name not in RULES:
+            raise ValueError(unknown("logical axis", name, RULES))
+        axes = tuple(axis for axis in RULES.get(name or "", ()) if axis not in used)
+        used.update(axes)
+        parts.append(axes or None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Says how an activation lies on the mesh; the identity where no mesh is set, so that models are plain functions."""
+    if x.ndim != len(logical):
+        raise ValueError(f"constrain: {len(logical)} logical axes {logical} for an array of shape {x.shape}")
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of anything whose first dimension is the batch."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts the batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -1,0 +1,74 @@
+"""The few values that travel through mmx, and the letters their shapes are written in.
+
+    raw arrays --modality--> Tokens --stages--> Streams --heads--> Outputs
+
+Shape letters, the same in every file:
+
+    B batch   L length   D width   H heads   K head size   F mlp width   V vocabulary   E embedding size   N examples
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Masked:
+    """A raw array of which only a part is there.
+
+    `mask` is over examples `(B,)` (False: this example has no such modality) or over tokens `(B, L)`.
+    """
+
+    array: Any
+    mask: Any
+
+
+@flax.struct.dataclass
+class Tokens:
+    """One stream: `values (B, L, D)` and which of them exist, `mask (B, L)`; None means that all do.
+
+    `causal` is static: a causal stream's tokens see their own past and every stream that is not causal, and no other
+    stream sees them. It is what turns an encoder into a decoder without changing a weight.
+    """
+
+    values: jax.Array
+    mask: jax.Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def dense_mask(self) -> jax.Array:
+        """The mask as an array `(B, L)`, also where it is None."""
+        return jnp.ones(self.values.shape[:2], bool) if self.mask is None else self.mask
+
+    @property
+    def present(self) -> jax.Array:
+        """Which examples have at least one token of this stream: `(B,)`."""
+        return self.dense_mask.any(-1)
+
+
+Streams: TypeAlias = dict[str, Tokens]
+Batch: TypeAlias = Mapping[str, Any]  # modality name -> raw array, or Masked
+Params: TypeAlias = Mapping[str, Any]
+Metrics: TypeAlias = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What a model returns. Under jit, what is not read is not computed.
+
+    Attributes:
+        streams: the last state of every stream, `{name: Tokens}`; early summation leaves the one stream `fused`.
+        pooled: `{stream: (B, D)}`, the mean over the tokens that exist; zeros for an example that has none.
+        embeddings: `{modality: (B, E)}`, unit length, float32, in the space shared by all modalities.
+        logits: `{head: array}`.
+        logit_scale: the inverse temperature of the shared space, a positive scalar (CLIP, arXiv 2103.00020, 2.5).
+    """
+
+    streams: Streams
+    pooled: dict[str, jax.Array]
+    embeddings: dict[str, jax.Array]
+    logits: dict[str, jax.Array]
+    logit_scale: jax.Array | None = None
