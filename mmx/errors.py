@@ -1,7 +1,14 @@
-"""Errors that say what to do: one place for the wording of "unknown name"."""
+"""The error for what somebody gave us, and one wording for "unknown name"."""
 
 import difflib
 from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What was given cannot be used as it is. The message names the field, what was expected, what came, what to do.
+
+    The command line prints the message alone; any other exception is a bug and shows where it came from.
+    """
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

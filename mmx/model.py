@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmx.errors import unknown
+from mmx.errors import InputError, unknown
 from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
 from mmx.topologies import Stage, make_topology
@@ -63,12 +63,16 @@ class MultimodalTransformer(nn.Module):
         scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
         return Outputs(streams, pooled, embeddings, logits, jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE))
 
+    def __hash__(self) -> int:
+        """By identity, so that a model can be a static argument of jit; its fields hold dicts."""
+        return id(self)
+
     def _check(self, batch: Batch, causal: Iterable[str]) -> None:
         for name in (*batch, *causal):
             if name not in self.modalities:
-                raise ValueError(unknown("modality", name, self.modalities))
+                raise InputError(unknown("modality", name, self.modalities))
         if not batch:
-            raise ValueError(f"the batch is empty; it needs at least one of {', '.join(self.modalities)}")
+            raise InputError(f"the batch is empty; it needs at least one of {', '.join(self.modalities)}")
 
 
 def build_model(
@@ -103,7 +107,7 @@ def build_model(
     fields = [field.name for field in dataclasses.fields(BlockConfig)]
     for name in block:
         if name not in fields:
-            raise ValueError(unknown("field of BlockConfig", name, fields))
+            raise InputError(unknown("field of BlockConfig", name, fields))
     config = BlockConfig(width=width, heads=heads, dtype=dtype, **block)
     stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
     stages = tuple(fill_block(stage, config) for stage in stages)

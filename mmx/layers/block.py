@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import unknown
+from mmx.errors import InputError, unknown
 from mmx.layers.attention import Attention
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
@@ -64,11 +64,11 @@ class BlockConfig:
     def __post_init__(self) -> None:
         for field, known in (("activation", ACTIVATIONS), ("norm_kind", NORMS), ("remat", REMAT), ("norm", ("pre", "post"))):
             if getattr(self, field) not in known:
-                raise ValueError(unknown(field, getattr(self, field), known))
+                raise InputError(unknown(field, getattr(self, field), known))
         if self.head_size is None and self.width % self.heads:
-            raise ValueError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
+            raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
         if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"block: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+            raise InputError(f"block: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 
 
 def sublayer_names(word: str) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def sublayer_names(word: str) -> list[tuple[str, str]]:
     kinds = word.split()
     for kind in kinds:
         if kind not in ("self", "cross", "mlp"):
-            raise ValueError(unknown("sublayer", kind, ("self", "cross", "mlp")))
+            raise InputError(unknown("sublayer", kind, ("self", "cross", "mlp")))
     return [(kind if kind not in kinds[:i] else f"{kind}_{kinds[:i].count(kind)}", kind) for i, kind in enumerate(kinds)]
 
 

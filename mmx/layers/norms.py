@@ -4,7 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from mmx.errors import unknown
+from mmx.errors import InputError, unknown
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
@@ -12,5 +12,5 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 def make_norm(kind: str, eps: float, dtype: Any, name: str) -> nn.Module:
     """Returns the norm `kind` (`layer` or `rms`) with the given eps as a submodule called `name`."""
     if kind not in NORMS:
-        raise ValueError(unknown("norm", kind, NORMS))
+        raise InputError(unknown("norm", kind, NORMS))
     return NORMS[kind](epsilon=eps, dtype=dtype, name=name)

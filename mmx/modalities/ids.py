@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.errors import InputError
 from mmx.modalities.masking import make_tokens, unmask
 from mmx.types import Masked, Tokens
 
@@ -32,9 +33,9 @@ class Ids(nn.Module):
     def __call__(self, raw: Any) -> Tokens:
         ids, mask = unmask(raw)
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")
+            raise InputError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")
         if ids.shape[1] > self.length:
-            raise ValueError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
+            raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = self.token(ids) + self.position[: ids.shape[1]].astype(self.dtype)  # (B, L, D)
         return make_tokens(values, mask)
 

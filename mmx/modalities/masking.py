@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmx.errors import InputError
 from mmx.types import Masked, Tokens
 
 
@@ -24,6 +25,6 @@ def make_tokens(values: jax.Array, mask: Any) -> Tokens:
     if mask.ndim == 1:
         mask = mask[:, None]
     if mask.shape[0] != values.shape[0] or mask.shape[1] not in (1, values.shape[1]):
-        raise ValueError(f"mask has shape {mask.shape}; expected (B,) or (B, L) for tokens of shape {values.shape[:2]}")
+        raise InputError(f"mask has shape {mask.shape}; expected (B,) or (B, L) for tokens of shape {values.shape[:2]}")
     mask = jnp.broadcast_to(mask, values.shape[:2])
     return Tokens(jnp.where(mask[..., None], values, 0), mask)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.errors import InputError
 from mmx.modalities.masking import make_tokens, unmask
 from mmx.types import Tokens
 
@@ -34,7 +35,7 @@ class Patches(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Patches per column and per row."""
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
-            raise ValueError(f"patches: size={tuple(self.size)} is not a multiple of patch={tuple(self.patch)}")
+            raise InputError(f"patches: size={tuple(self.size)} is not a multiple of patch={tuple(self.patch)}")
         return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
 
     @nn.compact
@@ -42,7 +43,7 @@ class Patches(nn.Module):
         image, mask = unmask(raw)
         expected = (*self.size, self.channels)
         if image.ndim != 4 or image.shape[1:] != expected:
-            raise ValueError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
+            raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
         if jnp.issubdtype(image.dtype, jnp.integer):
             image = (image.astype(self.dtype) / 255 - self.mean) / self.std
         (rows, columns), (height, width) = self.grid, self.patch

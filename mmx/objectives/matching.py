@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.errors import InputError
 from mmx.heads import Classifier, stream_of
 from mmx.losses import clip_loss, cross_entropy
 from mmx.objectives.views import View, view
@@ -41,7 +42,7 @@ class Contrastive:
         rows = next(iter(present.values())).shape
         scale = outputs[0].logit_scale
         if scale is None:
-            raise ValueError("contrastive: the model has no shared space; build it with embed > 0")
+            raise InputError("contrastive: the model has no shared space; build it with embed > 0")
         return {"embeddings": embeddings, "present": present, "logit_scale": jnp.broadcast_to(scale, rows)}
 
     def loss(self, values: Any) -> tuple[jax.Array, Metrics]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mmx.errors import unknown
+from mmx.errors import InputError, unknown
 
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
@@ -46,16 +46,16 @@ class MeshConfig:
         """Returns the size of each axis on `devices` devices, or raises a ValueError that says what would fit."""
         sizes = dict(zip(AXES, (self.data, self.fsdp, self.tensor), strict=True))
         if bad := {axis: size for axis, size in sizes.items() if size == 0 or size < -1}:
-            raise ValueError(f"mesh: every size is a positive number, or -1 for 'the rest'; got {bad}")
+            raise InputError(f"mesh: every size is a positive number, or -1 for 'the rest'; got {bad}")
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1:
-            raise ValueError(f"mesh: at most one size may be -1, got {sizes}; set mesh.{free[0]} to a number")
+            raise InputError(f"mesh: at most one size may be -1, got {sizes}; set mesh.{free[0]} to a number")
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if free:
             sizes[free[0]] = devices // fixed
         if math.prod(sizes.values()) != devices or (free and sizes[free[0]] == 0):
             asked = "x".join(str(size) for size in (self.data, self.fsdp, self.tensor))
-            raise ValueError(
+            raise InputError(
                 f"mesh: data x fsdp x tensor = {asked} does not use exactly the {devices} device(s) found. "
                 f"Choose sizes whose product is {devices}"
                 + ("; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 emulates 8 devices" if fixed > devices else "")
@@ -76,7 +76,7 @@ def spec(*logical: str | None) -> PartitionSpec:
     parts: list[tuple[str, ...] | None] = []
     for name in logical:
         if name is not None and name not in RULES:
-            raise ValueError(unknown("logical axis", name, RULES))
+            raise InputError(unknown("logical axis", name, RULES))
         axes = tuple(axis for axis in RULES.get(name or "", ()) if axis not in used)
         used.update(axes)
         parts.append(axes or None)
@@ -86,7 +86,7 @@ def spec(*logical: str | None) -> PartitionSpec:
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Says how an activation lies on the mesh; the identity where no mesh is set, so that models are plain functions."""
     if x.ndim != len(logical):
-        raise ValueError(f"constrain: {len(logical)} logical axes {logical} for an array of shape {x.shape}")
+        raise InputError(f"constrain: {len(logical)} logical axes {logical} for an array of shape {x.shape}")
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmx.errors import InputError
 from mmx.parallel.mesh import spec
 
 TABLE = (
@@ -66,13 +67,13 @@ def describe_leaf(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     axes = logical_axes(path)
     if axes is None or not axes.all:
         if math.prod(shape) >= LARGE:
-            raise ValueError(
+            raise InputError(
                 f"sharding: {path} with shape {shape} is large ({math.prod(shape):,} elements) and no pattern of "
                 f"mmx/parallel/sharding.py names its dimensions; add a line for it to TABLE"
             )
         return (None,) * len(shape)
     if not 0 <= len(shape) - len(axes.all) <= 1:
-        raise ValueError(f"sharding: {path} has shape {shape}, which does not fit its pattern {axes.all}")
+        raise InputError(f"sharding: {path} has shape {shape}, which does not fit its pattern {axes.all}")
     return ("layers",) * (len(shape) - len(axes.all)) + axes.all
 
 
@@ -92,10 +93,11 @@ def shardings(mesh: Mesh, tree: Any, params: Any = None) -> Any:
         parameter = next((shapes[name] for name in _suffixes(path) if name in shapes), shape)
         names = describe_leaf(path, shape) if parameter == shape else (None,) * len(shape)
         parts = spec(*names)
-        for size, name, axes in zip(shape, names, parts, strict=True):
-            pieces = math.prod(mesh.shape[axis] for axis in axes or ())
+        for size, name, part in zip(shape, names, parts, strict=True):
+            axes = (part,) if isinstance(part, str) else part or ()
+            pieces = math.prod(mesh.shape[axis] for axis in axes)
             if size % pieces:
-                raise ValueError(
+                raise InputError(
                     f"sharding: dimension {name!r} of {path} has size {size}, which the mesh splits into {pieces} "
                     f"parts ({' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes)}). Choose a mesh size that "
                     f"divides {size}, or a model whose {name!r} is a multiple of {pieces}"

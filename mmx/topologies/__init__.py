@@ -6,7 +6,7 @@
 import inspect
 from collections.abc import Callable
 
-from mmx.errors import unknown
+from mmx.errors import InputError, unknown
 from mmx.layers import BlockConfig
 from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
@@ -28,11 +28,11 @@ def make_topology(name: str, depth: int, block: BlockConfig | None = None) -> tu
     A topology of two parts gives the first part the larger half: depth 5 is 3 + 2.
     """
     if name not in TOPOLOGIES:
-        raise ValueError(unknown("topology", name, TOPOLOGIES))
+        raise InputError(unknown("topology", name, TOPOLOGIES))
     topology = TOPOLOGIES[name]
     parts = len(inspect.signature(topology).parameters) - 1
     if depth < parts:
-        raise ValueError(f"topology {name!r} has {parts} parts and needs depth >= {parts}, got {depth}")
+        raise InputError(f"topology {name!r} has {parts} parts and needs depth >= {parts}, got {depth}")
     depths = (depth,) if parts == 1 else (depth - depth // 2, depth // 2)
     return topology(*depths, block)
 

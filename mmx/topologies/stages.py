@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmx.errors import InputError
 from mmx.layers import Block, BlockConfig, Stack, make_norm, visibility
 from mmx.layers.stack import drop_path_rates, scan_layers
 from mmx.types import Streams, Tokens
@@ -68,7 +69,7 @@ class Sum(Stage):
     def _weight(self, name: str) -> Any:
         weight = (self.weights or {}).get(name, 1.0)
         if weight <= 0:
-            raise ValueError(f"Sum: the weight of {name!r} is {weight}; weights are positive")
+            raise InputError(f"Sum: the weight of {name!r} is {weight}; weights are positive")
         if not self.learned:
             return weight
         return jnp.exp(self.param(f"{name}_weight", nn.initializers.constant(np.log(weight)), ()))
@@ -236,7 +237,7 @@ def fill_block(stage: Stage, block: BlockConfig) -> Stage:
 
 def _given(block: BlockConfig | None, stage: Stage) -> BlockConfig:
     if block is None:
-        raise ValueError(f"{type(stage).__name__}: no block; pass one, or build the model with mmx.build_model")
+        raise InputError(f"{type(stage).__name__}: no block; pass one, or build the model with mmx.build_model")
     return block
 
 

@@ -1,0 +1,157 @@
+"""The `mmx` command. Its flags and its help are made from the dataclasses of the configuration."""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "train": "train a model: mmx train [CONFIG.py] [--field value ...]; see mmx train --help",
+    "study": "train several topologies with several seeds and write one table; see mmx study --help",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `mmx` command; returns its exit code."""
+    started = time.time()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: mmx COMMAND ...\n\n" + "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items()))
+        return 0
+    if arguments[0] == "--version":
+        import mmx
+
+        print(mmx.__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        from mmx.errors import unknown
+
+        print(f"error: {unknown('command', arguments[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    return {"train": train, "study": study}[arguments[0]](arguments[1:], started)
+
+
+def train(arguments: Sequence[str], started: float | None = None) -> int:
+    """`mmx train`, the same as `python train.py`."""
+    return _guarded(lambda: _train(arguments, started))
+
+
+def study(arguments: Sequence[str], started: float | None = None) -> int:
+    """`mmx study`."""
+    return _guarded(lambda: _study(arguments))
+
+
+def _train(arguments: Sequence[str], started: float | None) -> None:
+    from mmx.train import run
+
+    run(parse_experiment(arguments), started)
+
+
+def _study(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from mmx.study import Study, run_study
+
+    run_study(tyro.cli(Study, args=list(arguments), prog="mmx study", config=(tyro.conf.FlagConversionOff,)))
+
+
+def _guarded(command: Any) -> int:
+    """Runs a command; what the user can correct is printed as one message, without a trace."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _quiet()
+    from mmx.errors import InputError
+
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        from mmx.train import Stopped
+
+        if not isinstance(error, Stopped):
+            raise
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries report their own affairs only from errors on."""
+    import logging
+
+    for name in ("absl", "orbax", "jax", "grain"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parse_experiment(arguments: Sequence[str]) -> Any:
+    """Flags, after an optional configuration file, to an Experiment. A wrong flag prints what is near and exits with 2."""
+    import tyro
+
+    from mmx.train.experiment import Experiment
+
+    arguments = list(arguments)
+    default = load_config(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else Experiment()
+    with _linen_rule():
+        return tyro.cli(
+            Experiment, args=arguments, default=default, prog="train.py", config=(tyro.conf.FlagConversionOff,)
+        )
+
+
+def load_config(path: Path) -> Any:
+    """The Experiment that `config()` of a Python file returns.
+
+    Raises:
+        InputError: no such file, or no such function in it.
+    """
+    from mmx.errors import InputError
+    from mmx.train.experiment import Experiment
+
+    if not path.is_file():
+        known = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py"))) or "none in configs/"
+        raise InputError(f"no configuration file {path}; there are: {known}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    experiment = module.config() if hasattr(module, "config") else None
+    if not isinstance(experiment, Experiment):
+        raise InputError(f"{path} has no function config() that returns an mmx.Experiment")
+    return experiment
+
+
+def _linen_rule() -> Any:
+    """Teaches tyro to make flags from a Linen module: all of its fields but Linen's own two."""
+    import docstring_parser
+    import flax.linen as nn
+    import tyro
+    from tyro import constructors
+
+    registry = constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def _(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
+        if not (isinstance(info.type, type) and issubclass(info.type, nn.Module)):
+            return None
+        help_ = {p.arg_name: p.description for p in docstring_parser.parse(info.type.__doc__ or "").params}
+        fields = [
+            constructors.StructFieldSpec(f.name, _flag_type(f), getattr(info.default, f.name), help_.get(f.name))  # type: ignore[arg-type]
+            for f in dataclasses.fields(info.type)  # type: ignore[arg-type]
+            if f.name not in ("parent", "name") and isinstance(getattr(info.default, f.name), (int, float, str, tuple, type(None)))
+        ]
+        return constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+
+    del tyro
+    return registry
+
+
+def _flag_type(field: dataclasses.Field[Any]) -> Any:
+    return str if field.type is Any else field.type
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Images on the host: arrays (height, width, channels), uint8."""
+
+import numpy as np
+
+from mmx.errors import InputError
+
+
+def check_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns the image if it has the given shape and a type that images have.
+
+    Raises:
+        ValueError: says what was expected and what came.
+    """
+    if image.shape != shape:
+        raise InputError(f"expected (height, width, channels) = {shape}, got {image.shape}; resize or convert it, or set the size")
+    if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
+        raise InputError(f"expected uint8, or normalised floating point, got {image.dtype}")
+    return image
+
+
+def random_shift(image: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
+    """Moves the image by up to `pixels` in each direction; what moves out on one side comes in on the other."""
+    rows, columns = rng.integers(-pixels, pixels + 1, 2)
+    return np.roll(image, (rows, columns), (0, 1))

@@ -1,0 +1,98 @@
+"""Text to ids and back, through the `tokenizers` library."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from mmx.errors import InputError
+from mmx.types import Masked
+
+PAD, UNKNOWN, BEGIN, END, MASK = SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
+
+
+class Tokenizer:
+    """A tokenizer with the special tokens [PAD] [UNK] [BOS] [EOS] [MASK], as one `tokenizer.json`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        missing = [name for name in SPECIAL if tokenizer.token_to_id(name) is None]
+        if missing:
+            raise InputError(f"tokenizer: it has no {', '.join(missing)}; add these tokens")
+        self.pad, self.begin, self.end = (tokenizer.token_to_id(name) for name in (PAD, BEGIN, END))
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids, V."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """[BOS] text [EOS] as ids `(length,)` int32 and the mask of what is text `(length,)`; cut or padded to `length`.
+
+        Raises:
+            ValueError: the text is empty.
+        """
+        if not text.strip():
+            raise InputError(f"the text is empty: {text!r}")
+        ids = [self.begin, *self._tokenizer.encode(text).ids[: length - 2], self.end]
+        padded = np.full(length, self.pad, np.int32)
+        padded[: len(ids)] = ids
+        return padded, np.arange(length) < len(ids)
+
+    def __call__(self, texts: Sequence[str], length: int) -> Masked:
+        """Several texts: ids and mask `(B, length)`."""
+        ids, masks = zip(*(self.encode(text, length) for text in texts), strict=True)
+        return Masked(np.stack(ids), np.stack(masks))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to [EOS], without special tokens."""
+        ids = [int(i) for i in ids]
+        if self.end in ids:
+            ids = ids[: ids.index(self.end)]
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def save(self, path: Path) -> None:
+        """Writes `tokenizer.json`, whole or not at all."""
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        self._tokenizer.save(os.fspath(temporary))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Reads a `tokenizer.json`."""
+        try:
+            return cls(tokenizers.Tokenizer.from_file(os.fspath(path)))
+        except Exception as error:
+            raise InputError(f"{path} is not a usable tokenizer.json: {error}") from error
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int) -> Tokenizer:
+    """Learns a byte-level BPE of at most `vocab` ids from lower-cased texts. The same texts give the same tokenizer."""
+    least = 256 + len(SPECIAL)
+    if vocab < least:
+        raise InputError(f"tokenizer: vocab={vocab}, but a byte-level BPE needs at least {least} (256 bytes and the special tokens)")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(tokenizer)
+
+
+def cached_tokenizer(texts: Sequence[str], vocab: int, folder: Path) -> Tokenizer:
+    """`train_tokenizer`, kept in `folder` under a name made of the texts and the size."""
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    path = folder / f"bpe-{vocab}-{digest}.json"
+    if not path.exists():
+        train_tokenizer(texts, vocab).save(path)
+    return Tokenizer.load(path)

@@ -1,0 +1,168 @@
+"""The whole configuration of a run, as frozen dataclasses. The command line and its help are made from them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import tyro
+
+from mmx import evaluate, objectives
+from mmx.data import DataConfig
+from mmx.errors import InputError, unknown
+from mmx.layers import BlockConfig
+from mmx.modalities import Ids, Patches
+from mmx.model import MultimodalTransformer, build_model
+from mmx.parallel import MeshConfig
+from mmx.topologies import TOPOLOGIES, Stage
+from mmx.train.optimizer import OptimizerConfig, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(BlockConfig):
+    """The size of the model, and what its blocks are like."""
+
+    width: int = 128
+    """Size of a token, D."""
+    mlp: int | None = 384
+    """Hidden size of the MLP, F. None: 4 x width."""
+    unroll: int = 4
+    """Layers per iteration of the scan over layers. On a CPU, loops are slow and short stacks compile fast."""
+    depth: int = 4
+    """Layers on the way of a token; a topology of two parts gives the first part the larger half."""
+    embed: int = 128
+    """Size of the space shared by all modalities, E."""
+
+    def build(
+        self,
+        modalities: Mapping[str, nn.Module],
+        topology: str | tuple[Stage, ...],
+        outputs: Mapping[str, nn.Module],
+    ) -> MultimodalTransformer:
+        """Builds the model."""
+        block = {field.name: getattr(self, field.name) for field in dataclasses.fields(BlockConfig)}
+        return build_model(modalities, topology, depth=self.depth, embed=self.embed, outputs=outputs, **block)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved, and which checkpoints stay. Saving goes on beside the training."""
+
+    every_steps: int = 0
+    """Save after this many steps; 0: not by steps. The last step is always saved."""
+    every_minutes: float = 10.0
+    """Save after this much time; 0: not by time."""
+    keep: int = 2
+    """The last ones that stay."""
+    best: str = "composition/image_to_text_R@1"
+    """The metric whose best checkpoint stays too; a state is saved after each evaluation that gives it. Empty: none."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which value of that metric is best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between two records of metrics.jsonl."""
+    tensorboard: bool = True
+    """Whether TensorBoard event files are written too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Trains, evaluates and resumes a multimodal Transformer. Without arguments: the default model on the emoji set."""
+
+    topology: str = "multi_to_one"
+    """How modalities attend to each other: early_summation, early_concatenation, multi_to_one, one_to_multi,
+    cross_attention or cross_to_concatenation."""
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Examples per step, over all devices."""
+    microbatches: int = 1
+    """Parts of a batch that are computed one after the other; the gradient is that of the whole batch."""
+    seed: int = 0
+    """Of parameters, data order and all other randomness."""
+    run: str = ""
+    """Folder of the run. Empty: a new one below runs/."""
+    resume: str = "auto"
+    """auto: go on if the run folder has a checkpoint; never: refuse a folder that has one; must: refuse one that has
+    none; a path: start a new run from the state of that run or checkpoint."""
+    model: ModelConfig = ModelConfig()
+    modalities: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"image": Patches((32, 32), (8, 8)), "text": Ids(1024, 21)}
+    )
+    stages: Annotated[tuple[Stage, ...], tyro.conf.Suppress] = ()
+    """An own topology, from a configuration file; it replaces `topology`."""
+    objectives: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "contrastive": objectives.Contrastive(),
+            "matching": objectives.Matching(),
+            "captioning": objectives.Captioning(),
+        }
+    )
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluators: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"composition": evaluate.Retrieval(), "captions": evaluate.Captions()}
+    )
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "microbatches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}; it has to be at least 1")
+        if self.batch_size % self.microbatches:
+            raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatches={self.microbatches}")
+        if not self.stages and self.topology not in TOPOLOGIES:
+            raise InputError(unknown("topology", self.topology, TOPOLOGIES))
+        if not self.active_objectives:
+            raise InputError("objectives: every weight is 0; there is nothing to train")
+        make_schedule(self.optimizer, self.steps)
+
+    @property
+    def active_objectives(self) -> dict[str, Any]:
+        """The objectives whose weight is not 0."""
+        return {name: objective for name, objective in self.objectives.items() if objective.weight}
+
+    def build_model(self) -> MultimodalTransformer:
+        """The model, with the heads its objectives need."""
+        heads = objectives.needed_heads(self.active_objectives)
+        return self.model.build(self.modalities, self.stages or self.topology, heads)
+
+
+FREE = ("run", "resume", "mesh", "checkpoint", "log", "data.threads", "data.buffer", "data.keep")  # may differ when a run goes on
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as plain JSON; a dataclass that stands where several could says its type."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name") or not isinstance(value, nn.Module)]
+        return {"type": type(value).__name__} | {name: to_json(getattr(value, name)) for name in fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The fields in which two configurations, as JSON, differ: `field: old -> new`. What may differ is left out."""
+    if path in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        found = [differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys]
+        return [line for lines in found for line in lines]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def write_config(experiment: Experiment, path: Path) -> None:
+    """Writes the complete configuration."""
+    path.write_text(json.dumps(to_json(experiment), indent=1) + "\n")

@@ -1,0 +1,76 @@
+"""The folder of a run: what lies where, and whether a run may go on in it."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from mmx.errors import InputError
+from mmx.train.checkpoint import find_checkpoint
+from mmx.train.experiment import Experiment, differences, to_json, write_config
+
+
+class RunFolder:
+    """Paths of a run.
+
+        config.json            the complete configuration
+        metrics.jsonl          one record a line
+        tokenizer.json         how texts became ids
+        checkpoints/STEP/      the state
+        tensorboard/           the metrics as events
+        *.png                  what evaluators drew
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.metrics, self.tokenizer = path / "config.json", path / "metrics.jsonl", path / "tokenizer.json"
+        self.checkpoints, self.tensorboard = path / "checkpoints", path / "tensorboard"
+
+    def __str__(self) -> str:
+        return os.fspath(self.path)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether any step was saved whole."""
+        return self.checkpoints.is_dir() and any(child.name.isdigit() for child in self.checkpoints.iterdir())
+
+
+def open_folder(experiment: Experiment) -> RunFolder:
+    """Makes or finds the folder of a run, and refuses what would mix two runs in one.
+
+    Raises:
+        InputError: the folder cannot be written, or `resume` does not allow to go on in it, or its run was another one.
+    """
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{experiment.topology}-{os.getpid()}"
+    folder = RunFolder(Path(experiment.run) if experiment.run else Path("runs") / name)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        probe = folder.path / ".writable"
+        probe.write_text("yes")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"run folder {folder} cannot be written: {error}; choose another one with --run") from error
+    if experiment.resume == "must" and not folder.has_checkpoint:
+        raise InputError(f"--resume must: {folder} holds no checkpoint; correct --run, or use --resume auto to start anew")
+    if experiment.resume == "never" and folder.has_checkpoint:
+        raise InputError(f"--resume never: {folder} holds checkpoints; choose another --run, or use --resume auto to go on")
+    if experiment.resume not in ("auto", "must", "never"):
+        find_checkpoint(Path(experiment.resume))
+    if folder.config.exists():
+        _check_config(folder, experiment)
+    write_config(experiment, folder.config)
+    return folder
+
+
+def _check_config(folder: RunFolder, experiment: Experiment) -> None:
+    try:
+        old = json.loads(folder.config.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder.config} is not JSON: {error}; restore it, or choose another --run") from error
+    if lines := differences(old, json.loads(json.dumps(to_json(experiment)))):
+        raise InputError(
+            f"the run in {folder} has another configuration:\n  "
+            + "\n  ".join(lines)
+            + f"\nGive the same configuration to go on, or choose another --run; "
+            f"--resume {folder} --run NEW starts a new run from its last state"
+        )

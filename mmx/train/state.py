@@ -1,0 +1,72 @@
+"""Everything that changes during training, in one value."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mmx.model import MultimodalTransformer, example_batch
+from mmx.parallel import shardings
+from mmx.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run. `step` is also the position in the data, and with `key` the source of all randomness.
+
+    Attributes:
+        step: steps done, those that were skipped included.
+        params: float32.
+        opt_state: Optax's.
+        ema: the moving average of the parameters, or None.
+        key: the run's random key; it never changes.
+        skipped: steps whose gradient was not finite; they moved nothing.
+        skipped_in_row: how many of them came last without a good one.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    key: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+    @property
+    def evaluated_params(self) -> Params:
+        """The parameters to evaluate: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def make_state(
+    model: MultimodalTransformer, optimizer: optax.GradientTransformation, ema: bool, seed: int, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """Creates the state in place, every part on its devices. Returns it and its shardings."""
+
+    def init(key: jax.Array) -> TrainState:
+        init_key, train_key = jax.random.split(key)
+        params = model.init(init_key, example_batch(model))["params"]
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=params,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
+            key=train_key,
+            skipped=zero,
+            skipped_in_row=zero,
+        )
+
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(init, key)
+    layout = shardings(mesh, shapes, params=shapes.params)
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=layout)(key), layout
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """The shapes, types and shardings of a state, without its values."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
