@@ -97,9 +97,7 @@ def parse_experiment(arguments: Sequence[str]) -> Any:
     arguments = list(arguments)
     default = load_config(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else Experiment()
     with _linen_rule():
-        return tyro.cli(
-            Experiment, args=arguments, default=default, prog="train.py", config=(tyro.conf.FlagConversionOff,)
-        )
+        return tyro.cli(Experiment, args=arguments, default=default, prog="train.py", config=(tyro.conf.FlagConversionOff,))
 
 
 def load_config(path: Path) -> Any:
@@ -141,7 +139,8 @@ def _linen_rule() -> Any:
         fields = [
             constructors.StructFieldSpec(f.name, _flag_type(f), getattr(info.default, f.name), help_.get(f.name))  # type: ignore[arg-type]
             for f in dataclasses.fields(info.type)  # type: ignore[arg-type]
-            if f.name not in ("parent", "name") and isinstance(getattr(info.default, f.name), (int, float, str, tuple, type(None)))
+            if f.name not in ("parent", "name")
+            and isinstance(getattr(info.default, f.name), (int, float, str, tuple, type(None)))
         ]
         return constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 

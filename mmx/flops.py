@@ -38,7 +38,7 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
 def _count(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        inner = sum((_sub_jaxprs(value) for value in eqn.params.values()), [])
+        inner = [sub for value in eqn.params.values() for sub in _sub_jaxprs(value)]
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
@@ -58,7 +58,7 @@ def _count(jaxpr: Any) -> int:
 
 def _sub_jaxprs(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
-        return sum(map(_sub_jaxprs, value), [])
+        return [sub for item in value for sub in _sub_jaxprs(item)]
     value = getattr(value, "jaxpr", value)
     return [value] if hasattr(value, "eqns") else []
 

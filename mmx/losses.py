@@ -30,9 +30,7 @@ def clip_loss(
     return masked_mean((rows + columns) / 2, mask)
 
 
-def cross_entropy(
-    logits: Float[Array, "... V"], labels: Int[Array, "..."], label_smoothing: float = 0.0
-) -> Float[Array, "..."]:
+def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."], label_smoothing: float = 0.0) -> Float[Array, "..."]:
     """Cross-entropy of each label, in nats: `(..., V), (...) -> (...)`.
 
     With `label_smoothing` e, the target is 1 - e on the label and e / V everywhere (arXiv 1512.00567, 7).

@@ -51,7 +51,7 @@ class Tokens:
 
 Streams: TypeAlias = dict[str, Tokens]
 Batch: TypeAlias = Mapping[str, Any]  # modality name -> raw array, or Masked
-Params: TypeAlias = Mapping[str, Any]
+Params: TypeAlias = Any  # nested dicts of arrays, as Linen makes them
 Metrics: TypeAlias = dict[str, jax.Array]
 
 

@@ -12,7 +12,7 @@ def check_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
         ValueError: says what was expected and what came.
     """
     if image.shape != shape:
-        raise InputError(f"expected (height, width, channels) = {shape}, got {image.shape}; resize or convert it, or set the size")
+        raise InputError(f"expected (height, width, channels) = {shape}, got {image.shape}; resize it, or set the size")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise InputError(f"expected uint8, or normalised floating point, got {image.dtype}")
     return image

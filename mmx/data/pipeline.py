@@ -10,7 +10,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -194,7 +194,7 @@ class Pipeline:
                 )
 
 
-def stack(examples: list[Any]) -> Any:
+def stack(examples: Sequence[Any]) -> Any:
     """Examples -> one batch: every leaf gets a leading batch dimension."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
 

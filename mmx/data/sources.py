@@ -78,7 +78,7 @@ def open_source(name: str, split: str) -> Source:
     source = Source([], label, folder)
     _check_files(builder, source)
     try:
-        data = builder.as_data_source(split=split)
+        data: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
         length = len(data)
     except Exception as error:
         raise source.broken(f"cannot be opened: {type(error).__name__}: {error}") from error

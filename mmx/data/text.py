@@ -74,7 +74,9 @@ def train_tokenizer(texts: Sequence[str], vocab: int) -> Tokenizer:
     """Learns a byte-level BPE of at most `vocab` ids from lower-cased texts. The same texts give the same tokenizer."""
     least = 256 + len(SPECIAL)
     if vocab < least:
-        raise InputError(f"tokenizer: vocab={vocab}, but a byte-level BPE needs at least {least} (256 bytes and the special tokens)")
+        raise InputError(
+            f"tokenizer: vocab={vocab}, but a byte-level BPE needs at least {least}: 256 bytes and the special tokens"
+        )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -59,4 +59,4 @@ class Captions:
         step = max(len(pairs) // self.show, 1)
         lines = [f"{'true':<52}  written"]
         lines += [f"{truth[:52]:<52}  {caption[:60]}" for caption, truth in pairs[::step][: self.show]]
-        return Report({"exact": exact}, "\n".join(lines + [f"{exact:.1%} of {len(pairs)} are right to the last word"]))
+        return Report({"exact": exact}, "\n".join([*lines, f"{exact:.1%} of {len(pairs)} are right to the last word"]))

@@ -27,9 +27,9 @@ def contact_sheet(images: Sequence[np.ndarray], texts: Sequence[str], similarity
     draw, font, bold = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(17)
 
     y = _title(draw, bold, GAP, "Image to text: the five nearest texts (green: the right one)")
-    for query in queries:
+    for query in map(int, queries):
         sheet.paste(_picture(images[query]), (GAP, y))
-        for place, answer in enumerate(np.argsort(-similarity[query], kind="stable")[:5]):
+        for place, answer in enumerate(_top(similarity[query])):
             column, row = divmod(place, 3)
             position = (CELL + 3 * GAP + column * (LABEL + CELL), y + row * 21)
             score = similarity[query, answer]
@@ -37,10 +37,10 @@ def contact_sheet(images: Sequence[np.ndarray], texts: Sequence[str], similarity
             draw.text(position, f"{place + 1}. {_short(texts[answer], 44)}  {score:.2f}", colour, font)
         y += CELL + GAP
     y = _title(draw, bold, y + GAP, "Text to image: the five nearest images (framed: the right one)")
-    for query in queries:
+    for query in map(int, queries):
         for line, part in enumerate(_wrap(texts[query], 36)):
             draw.text((GAP, y + 6 + line * 18), part, INK, font)
-        for place, answer in enumerate(np.argsort(-similarity[:, query], kind="stable")[:5]):
+        for place, answer in enumerate(_top(similarity[:, query])):
             x = GAP + LABEL + place * (CELL + GAP)
             if answer == query:
                 draw.rectangle((x - 3, y - 3, x + CELL + 2, y + CELL + 2), RIGHT)
@@ -56,6 +56,10 @@ def _title(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.I
 
 def _picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image).resize((CELL, CELL), Image.Resampling.NEAREST)
+
+
+def _top(scores: np.ndarray) -> list[int]:
+    return [int(i) for i in np.argsort(-scores, kind="stable")[:5]]
 
 
 def _short(text: str, length: int) -> str:

@@ -78,7 +78,11 @@ def chance_metrics(count: int) -> dict[str, float]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(model: MultimodalTransformer, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    return {name: model.apply({"params": params}, {name: batch[name]}).embeddings[name] for name in batch}
+    def embed(name: str) -> jax.Array:
+        out: Any = model.apply({"params": params}, {name: batch[name]})
+        return out.embeddings[name]
+
+    return {name: embed(name) for name in batch}
 
 
 def embed_split(evaluation: Evaluation, split: str, modalities: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -1,12 +1,11 @@
 """A Transformer block: a short word of sublayers, each with a residual.
 
-    "self mlp"            encoder                      "cross self mlp"        LXMERT
-    "self cross mlp"      decoder, ALBEF               "cross mlp self mlp"    ViLBERT
-    "cross mlp"           MulT
+"self mlp"            encoder                      "cross self mlp"        LXMERT
+"self cross mlp"      decoder, ALBEF               "cross mlp self mlp"    ViLBERT
+"cross mlp"           MulT
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -104,7 +103,14 @@ class Block(nn.Module):
                 y = MLP(c.mlp or 4 * c.width, c.activation, c.bias, c.dtype, name=name)(y)
             else:
                 attention = Attention(
-                    c.heads, c.head_size or c.width // c.heads, c.kv_heads or c.heads, c.bias, c.qk_norm, c.eps, c.dtype, name=name
+                    heads=c.heads,
+                    head_size=c.head_size or c.width // c.heads,
+                    kv_heads=c.kv_heads or c.heads,
+                    bias=c.bias,
+                    qk_norm=c.qk_norm,
+                    eps=c.eps,
+                    dtype=c.dtype,
+                    name=name,
                 )
                 if kind == "self":
                     y = attention(y, y, mask, visible)

@@ -28,7 +28,7 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=depth,
         unroll=config.unroll,
     )

@@ -100,5 +100,3 @@ class Matching:
 
 def _rows_equal(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a == b).reshape(a.shape[0], -1).all(-1)
-
-

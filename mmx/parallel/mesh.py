@@ -10,6 +10,7 @@ A mesh is always entered in a scope, `with jax.set_mesh(mesh):`, never set for t
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -44,7 +45,7 @@ class MeshConfig:
 
     def sizes(self, devices: int) -> tuple[int, ...]:
         """Returns the size of each axis on `devices` devices, or raises a ValueError that says what would fit."""
-        sizes = dict(zip(AXES, (self.data, self.fsdp, self.tensor), strict=True))
+        sizes: dict[str, int] = dict(zip(AXES, (self.data, self.fsdp, self.tensor), strict=True))
         if bad := {axis: size for axis, size in sizes.items() if size == 0 or size < -1}:
             raise InputError(f"mesh: every size is a positive number, or -1 for 'the rest'; got {bad}")
         free = [axis for axis, size in sizes.items() if size == -1]
@@ -63,7 +64,7 @@ class MeshConfig:
         return tuple(sizes.values())
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh over `devices` (all of them unless given)."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))

@@ -108,7 +108,7 @@ class PerStream(Stage):
                 stacks[owner] = Stack(depth, _given(block, self), self.sublayers, name=owner)
             visible = visibility([tokens.values.shape[1]], [tokens.causal or name in self.causal])
             x = _fit(tokens.values, _given(block, self).width, f"{name}_project")
-            new[name] = tokens.replace(values=stacks[owner](x, tokens.mask, visible))
+            new[name] = dataclasses.replace(tokens, values=stacks[owner](x, tokens.mask, visible))
         return new
 
 
@@ -129,7 +129,9 @@ class Joint(Stage):
         if self.depth == 0:
             return streams
         block = _given(self.block, self)
-        streams = {name: t.replace(values=_fit(t.values, block.width, f"{name}_project")) for name, t in streams.items()}
+        streams = {
+            name: dataclasses.replace(t, values=_fit(t.values, block.width, f"{name}_project")) for name, t in streams.items()
+        }
         joint = concatenate(streams)
         visible = visibility([t.values.shape[1] for t in streams.values()], [t.causal for t in streams.values()])
         values = Stack(self.depth, block, self.sublayers, name="stack")(joint.values, joint.mask, visible)
@@ -163,9 +165,11 @@ class Cross(Stage):
         if self.depth == 0:
             return streams
         block = _given(self.block, self)
-        streams = {name: t.replace(values=_fit(t.values, block.width, f"{name}_project")) for name, t in streams.items()}
+        streams = {
+            name: dataclasses.replace(t, values=_fit(t.values, block.width, f"{name}_project")) for name, t in streams.items()
+        }
         carry = {name: t.values for name, t in streams.items()}
-        shared = {name: t.replace(values=None) for name, t in streams.items()}
+        shared = {name: dataclasses.replace(t, values=None) for name, t in streams.items()}
         sources = {name: self._sources(name, streams) for name in streams}
         layers = scan_layers(_CrossLayer, self.depth, block)
         layers = layers(block, self.sublayers, sources, self.share, name="layers")
@@ -173,7 +177,7 @@ class Cross(Stage):
         if block.norm == "pre":
             norms = {n: make_norm(block.norm_kind, block.eps, block.dtype, n) for n in self._owners(streams)}
             carry = {name: norms[self._owner(name)](x) for name, x in carry.items()}
-        return {name: t.replace(values=carry[name]) for name, t in streams.items()}
+        return {name: dataclasses.replace(t, values=carry[name]) for name, t in streams.items()}
 
     def _sources(self, name: str, streams: Streams) -> tuple[str, ...]:
         named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
@@ -197,7 +201,7 @@ class _CrossLayer(nn.Module):
         self, values: dict[str, jax.Array], rate: jax.Array, shared: tuple[Streams]
     ) -> tuple[dict[str, jax.Array], None]:
         (shape,) = shared
-        streams = {name: shape[name].replace(values=values[name]) for name in self.sources}
+        streams = {name: dataclasses.replace(shape[name], values=values[name]) for name in self.sources}
         blocks: dict[str, Block] = {}
         new = {}
         for name, sources in self.sources.items():
@@ -206,8 +210,10 @@ class _CrossLayer(nn.Module):
                 blocks[owner] = Block(self.config, self.sublayers, name=owner)
             tokens = streams[name]
             visible = visibility([tokens.values.shape[1]], [tokens.causal])
-            context = concatenate({n: streams[n] for n in sources}) if sources else Tokens(None)
-            new[name] = blocks[owner](tokens.values, tokens.mask, visible, context.values, context.mask, rate)
+            context = concatenate({n: streams[n] for n in sources}) if sources else None
+            new[name] = blocks[owner](
+                tokens.values, tokens.mask, visible, *((None, None) if context is None else (context.values, context.mask)), rate
+            )
         return new, None
 
 
@@ -225,7 +231,7 @@ def split(values: jax.Array, streams: Streams) -> Streams:
     """Undoes `concatenate`: gives every stream its part of `values`."""
     ends = np.cumsum([tokens.values.shape[1] for tokens in streams.values()])
     parts = jnp.split(values, ends[:-1], axis=1)
-    return {name: tokens.replace(values=part) for (name, tokens), part in zip(streams.items(), parts, strict=True)}
+    return {name: dataclasses.replace(tokens, values=part) for (name, tokens), part in zip(streams.items(), parts, strict=True)}
 
 
 def fill_block(stage: Stage, block: BlockConfig) -> Stage:

@@ -1,5 +1,6 @@
 """Training: the configuration, the state, the step, the loop."""
 
+from mmx.parallel import MeshConfig
 from mmx.train.experiment import CheckpointConfig, Experiment, LogConfig, ModelConfig
 from mmx.train.loop import Stopped, run
 from mmx.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -10,6 +11,7 @@ __all__ = [
     "CheckpointConfig",
     "Experiment",
     "LogConfig",
+    "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Stopped",

@@ -5,8 +5,10 @@ written beside the training and appears under its final name only when it is who
 writing leaves the one before it. It is restored onto any mesh.
 """
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,8 @@ class Checkpoints:
             meta=ocp.args.JsonSave(self._meta),
         )
         known = {self.config.best: metrics[self.config.best]} if metrics and self.config.best in metrics else None
-        self._manager.save(step, args=items, metrics=known)
+        with self._naming(step):
+            self._manager.save(step, args=items, metrics=known)
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, int]:
         """Returns the saved state, laid out like `state` on its mesh, and the position in the data.
@@ -109,11 +112,22 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is written; raises what went wrong."""
-        self._manager.wait_until_finished()
+        with self._naming(self.latest):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the threads."""
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming(self, step: int | None) -> Iterator[None]:
+        """Says which file could not be written; what an earlier save met beside the training shows up here too."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save step {step} in {self.folder}: {error}; make room or correct the rights, then resume"
+            ) from error
 
     def _other(self, step: int) -> str:
         others = [s for s in self.steps if s != step]

@@ -28,9 +28,9 @@ class ModelConfig(BlockConfig):
     """Size of a token, D."""
     mlp: int | None = 384
     """Hidden size of the MLP, F. None: 4 x width."""
-    unroll: int = 4
+    unroll: int = 2
     """Layers per iteration of the scan over layers. On a CPU, loops are slow and short stacks compile fast."""
-    depth: int = 4
+    depth: int = 2
     """Layers on the way of a token; a topology of two parts gives the first part the larger half."""
     embed: int = 128
     """Size of the space shared by all modalities, E."""
@@ -79,7 +79,7 @@ class Experiment:
     topology: str = "multi_to_one"
     """How modalities attend to each other: early_summation, early_concatenation, multi_to_one, one_to_multi,
     cross_attention or cross_to_concatenation."""
-    steps: int = 400
+    steps: int = 320
     """Optimizer steps."""
     batch_size: int = 128
     """Examples per step, over all devices."""
@@ -143,7 +143,9 @@ FREE = ("run", "resume", "mesh", "checkpoint", "log", "data.threads", "data.buff
 def to_json(value: Any) -> Any:
     """A configuration as plain JSON; a dataclass that stands where several could says its type."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name") or not isinstance(value, nn.Module)]
+        fields = [
+            f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name") or not isinstance(value, nn.Module)
+        ]
         return {"type": type(value).__name__} | {name: to_json(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}

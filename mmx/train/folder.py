@@ -13,12 +13,12 @@ from mmx.train.experiment import Experiment, differences, to_json, write_config
 class RunFolder:
     """Paths of a run.
 
-        config.json            the complete configuration
-        metrics.jsonl          one record a line
-        tokenizer.json         how texts became ids
-        checkpoints/STEP/      the state
-        tensorboard/           the metrics as events
-        *.png                  what evaluators drew
+    config.json            the complete configuration
+    metrics.jsonl          one record a line
+    tokenizer.json         how texts became ids
+    checkpoints/STEP/      the state
+    tensorboard/           the metrics as events
+    *.png                  what evaluators drew
     """
 
     def __init__(self, path: Path):

@@ -70,7 +70,9 @@ class _WriteGuard:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
-            raise InputError(f"cannot write {self._path}: {error.strerror}; make room or correct the rights, then resume") from error
+            raise InputError(
+                f"cannot write {self._path}: {error.strerror}; make room or correct the rights, then resume"
+            ) from error
 
 
 def _step_of(line: str) -> float:

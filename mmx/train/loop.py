@@ -7,18 +7,16 @@ after the next has been sent off, and checkpoints are written beside the trainin
 import collections
 import contextlib
 import functools
-import json
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -44,7 +42,7 @@ MAX_SKIPPED = 10  # steps in a row whose gradient is not finite, after which a r
 LAG = 2  # steps on their way to the devices before the host reads the metrics of the first of them
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  (it is no error)
     """The run stopped before its last step, with its state saved. `code` is the exit code of the process."""
 
     def __init__(self, message: str, code: int):
@@ -52,12 +50,13 @@ class Stopped(Exception):
         self.code = code
 
 
-def run(experiment: Experiment, started: float | None = None) -> dict[str, float]:
-    """Trains, evaluates and saves; returns the metrics of the last evaluation, and the folder's path is printed.
+def run(experiment: Experiment, started: float | None = None, devices: Sequence[Any] | None = None) -> dict[str, float]:
+    """Trains, evaluates and saves; returns the metrics of the last evaluation.
 
     Args:
         experiment: the whole configuration.
         started: `time.time()` when the command began, to report the time to the first step.
+        devices: to run on; None: all.
 
     Raises:
         InputError: something that was given cannot be used.
@@ -65,7 +64,7 @@ def run(experiment: Experiment, started: float | None = None) -> dict[str, float
     """
     started = started or time.time()
     _use_compile_cache()
-    mesh = make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.mesh, devices)
     _check_batch(experiment, mesh)
     folder = open_folder(experiment)
     tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
@@ -128,7 +127,7 @@ def run(experiment: Experiment, started: float | None = None) -> dict[str, float
             paused = time.perf_counter()
             if evaluating:
                 found = evaluate(state, step, progress)
-            if last or evaluating and experiment.checkpoint.best in found or checkpoints.due(step):
+            if last or (evaluating and experiment.checkpoint.best in found) or checkpoints.due(step):
                 checkpoints.save(step, state, found if evaluating else None)
             progress.pause(time.perf_counter() - paused)
             if stopping and not last:
@@ -215,9 +214,7 @@ def _evaluate(
     return found
 
 
-def _restore(
-    experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints, state: TrainState
-) -> tuple[TrainState, int]:
+def _restore(experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
     """The state to begin with: the run's own last one, that of another run, or the new one."""
     if checkpoints.latest is not None:
         return checkpoints.restore(state)
@@ -264,7 +261,7 @@ def _signals() -> Iterator[list[int]]:
 
 def _use_compile_cache() -> None:
     """Compiled programs are kept, so that the second start is fast; an own setting of JAX's cache is left alone."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", os.fspath(cache_folder("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -279,9 +276,7 @@ def _tokens_per_example(task: Task, batch: Any) -> int:
     return sum(values.shape[1] for values in streams.values())
 
 
-def _headline(
-    experiment: Experiment, task: Task, state: TrainState, mesh: Mesh, folder: RunFolder, first_step: int
-) -> str:
+def _headline(experiment: Experiment, task: Task, state: TrainState, mesh: Mesh, folder: RunFolder, first_step: int) -> str:
     device = jax.devices()[0]
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     names = ", ".join(f"{o} (weight {v.weight:g})" for o, v in task.objectives.items())
@@ -307,5 +302,3 @@ def _farewell(experiment: Experiment, folder: RunFolder, training: float, total:
     if experiment.log.tensorboard:
         lines.append(f"  {folder.tensorboard}  TensorBoard events")
     return "\n".join([*lines, f"next: python train.py --topology {other}"])
-
-

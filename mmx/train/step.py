@@ -57,18 +57,25 @@ def train_step(
     (loss, metrics), grads = value_and_grad(task.forward, task.loss, state.params, batch, dropout_key, parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    moved = state.replace(params=params, opt_state=opt_state, ema=_average(state, params, ema))
+    moved = dataclasses.replace(state, params=params, opt_state=opt_state, ema=_average(state, params, ema))
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     state, learning_rate = _choose(finite, moved, state), schedule(state.step - state.skipped)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
         skipped=state.skipped + ~finite,
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
     )
-    metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": state.skipped}
-    return state, metrics | {"skipped_in_row": state.skipped_in_row}
+    metrics = {
+        **metrics,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+    return state, metrics
 
 
 def compile_step(step: Callable[..., Any], mesh: Mesh, layout: TrainState) -> Any:

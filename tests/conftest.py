@@ -1,0 +1,52 @@
+"""Eight emulated CPU devices, a cache folder of the test session, and a small experiment that everything can train."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles fast
+os.environ.setdefault("MMX_CACHE", os.path.join(tempfile.gettempdir(), f"mmx-test-cache-{os.getuid()}"))
+
+import jax
+import numpy as np
+import pytest
+
+import mmx
+from mmx import evaluate
+from mmx.data import DataConfig, Pipeline
+from mmx.train import CheckpointConfig, Experiment, LogConfig, ModelConfig, OptimizerConfig
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Experiment:
+    """Seconds on one device: two layers of width 32, eight examples a step."""
+    return Experiment(
+        steps=6,
+        batch_size=8,
+        run=str(tmp_path / "run"),
+        model=ModelConfig(width=32, mlp=64, depth=2, embed=32),
+        modalities={"image": mmx.modalities.Patches((32, 32), (16, 16)), "text": mmx.modalities.Ids(300, 12)},
+        data=dataclasses.replace(DataConfig(), split="train[:64]"),
+        optimizer=OptimizerConfig(warmup=2, ema=0.9),
+        evaluators={"composition": evaluate.Retrieval(split="composition[:16]")},
+        checkpoint=CheckpointConfig(every_steps=2),
+        log=LogConfig(every=1, tensorboard=False),
+    )
+
+
+@pytest.fixture
+def batch(tiny: Experiment) -> dict:
+    """Eight examples of the emoji set as the tiny experiment reads them."""
+    return next(Pipeline(tiny.data, tiny.modalities, tiny.batch_size).train())
+
+
+@pytest.fixture
+def one_device() -> list:
+    return jax.devices()[:1]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

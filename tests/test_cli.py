@@ -1,0 +1,139 @@
+"""The command line: every field has a flag with its default and its meaning; what is mistyped is refused."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import pytest
+
+import mmx
+from mmx import cli
+from mmx.cli import load_config, parse_experiment
+from mmx.errors import InputError
+from mmx.train import Experiment
+
+ROOT = Path(mmx.__file__).parent.parent
+
+
+def test_fields_are_typed():
+    experiment = parse_experiment(
+        [
+            "--topology",
+            "cross_attention",
+            "--optimizer.learning-rate",
+            "3e-4",
+            "--modalities.image.patch",
+            "4",
+            "4",
+            "--mesh.data",
+            "1",
+            "--objectives.captioning.weight",
+            "0",
+            "--optimizer.name",
+            "lion",
+            "--log.tensorboard",
+            "False",
+        ]
+    )
+    assert experiment.topology == "cross_attention" and experiment.optimizer.learning_rate == 3e-4
+    assert experiment.modalities["image"].patch == (4, 4) and experiment.mesh.data == 1
+    assert "captioning" not in experiment.active_objectives and experiment.optimizer.name == "lion"
+    assert experiment.log.tensorboard is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--optimizer.learning-rat 1", "--optimizer.learning-rate"),
+        ("--topolgy multi_to_one", "--topology"),
+        ("--optimizer.name adam", "invalid choice"),
+        ("--steps many", "steps"),
+    ],
+)
+def test_mistyped_fields_are_refused_with_the_nearest(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        parse_experiment(arguments.split())
+    assert exit_.value.code == 2
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_help_shows_every_field_with_its_default_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_experiment(["--help"])
+    text = capsys.readouterr().out
+    missing, silent = [], []
+
+    def visit(value, path):
+        for field in dataclasses.fields(value):
+            if (field.name in ("parent", "name") and isinstance(value, nn.Module)) or field.name == "stages":
+                continue
+            item, flag = getattr(value, field.name), f"{path}{field.name.replace('_', '-')}"
+            if dataclasses.is_dataclass(item) or (isinstance(item, dict) and all(map(dataclasses.is_dataclass, item.values()))):
+                for inner, name in [(item, "")] if not isinstance(item, dict) else [(v, f".{k}") for k, v in item.items()]:
+                    visit(inner, f"{flag}{name}.")
+                continue
+            found = re.search(rf"--{re.escape(flag)}[ \n](.*?)(?=│ --|╰)", text, re.S)
+            if not found:
+                missing.append(flag)
+            elif "(default:" not in found[1]:
+                silent.append(flag)
+
+    visit(Experiment(), "")
+    assert not missing and not silent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_configuration_builds(path):
+    import jax
+
+    experiment = load_config(path)
+    model = experiment.build_model()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))
+    assert mmx.count_parameters(shapes) > 0
+    assert f"configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+def test_a_configuration_file_can_be_overridden(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import mmx\n\n\ndef config():\n    return mmx.Experiment(steps=77, seed=5)\n")
+    experiment = parse_experiment([str(path), "--seed", "6"])
+    assert (experiment.steps, experiment.seed) == (77, 6)
+    with pytest.raises(InputError, match="no configuration file"):
+        load_config(tmp_path / "nothing.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match="has no function config"):
+        load_config(tmp_path / "empty.py")
+
+
+def test_an_own_topology_from_a_configuration_file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import mmx\nfrom mmx.topologies import cross_attention, early_concatenation\n\n\n"
+        "def config():\n    return mmx.Experiment(stages=cross_attention(1) + early_concatenation(1))\n"
+    )
+    assert len(parse_experiment([str(path), "--seed", "1"]).build_model().stages) == 2
+
+
+def test_the_command(capsys):
+    assert cli.main([]) == 0 and "train" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.strip() == mmx.__version__
+    assert cli.main(["trian"]) == 2 and "did you mean 'train'" in capsys.readouterr().err
+    assert cli.main(["train", "nothing.py"]) == 2 and "no configuration file" in capsys.readouterr().err
+
+
+def test_study_table(tmp_path, monkeypatch, capsys, tiny):
+    from mmx import study
+
+    config = tmp_path / "tiny.py"
+    config.write_text("from pathlib import Path\n\n\ndef config():\n    raise SystemExit\n")
+    monkeypatch.setattr("mmx.cli.load_config", lambda _: dataclasses.replace(tiny, mesh=dataclasses.replace(tiny.mesh, data=8)))
+    todo = study.Study(("early_concatenation", "cross_attention"), (0, 1), str(config), 4, str(tmp_path / "study"))
+    table = study.run_study(todo).read_text()
+    assert "| `cross_attention` |" in table and "±" in table and len(table.splitlines()) == 4
+    calls = []
+    monkeypatch.setattr("mmx.train.run", lambda e: calls.append(e))
+    assert study.run_study(todo).read_text() == table and not calls
+    with pytest.raises(InputError, match="did you mean 'multi_to_one'"):
+        study.run_study(dataclasses.replace(todo, topologies=("multi_to_on",)))

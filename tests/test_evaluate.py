@@ -1,0 +1,121 @@
+"""Retrieval metrics, captions, the contact sheet, generation, FLOPs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmx
+from mmx.data import Pipeline
+from mmx.evaluate import Captions, Evaluation, Retrieval, retrieval_metrics
+from mmx.evaluate.contact_sheet import contact_sheet
+from mmx.evaluate.report import due
+from mmx.evaluate.retrieval import chance_metrics
+from mmx.parallel import MeshConfig, make_mesh
+
+
+def test_ranks_equal_a_naive_count(rng):
+    similarity = rng.standard_normal((50, 50))
+    ranks = [1 + sorted(row, reverse=True).index(row[i]) for i, row in enumerate(similarity)]
+    metrics = retrieval_metrics(similarity, "x")
+    assert metrics == {
+        "x_R@1": pytest.approx(np.mean(np.array(ranks) <= 1)),
+        "x_R@5": pytest.approx(np.mean(np.array(ranks) <= 5)),
+        "x_R@10": pytest.approx(np.mean(np.array(ranks) <= 10)),
+        "x_mean_rank": pytest.approx(np.mean(ranks)),
+        "x_median_rank": pytest.approx(np.median(ranks)),
+    }
+
+
+def test_perfect_collapsed_and_random_embeddings(rng):
+    assert retrieval_metrics(np.eye(20), "x")["x_R@1"] == 1
+    collapsed = retrieval_metrics(np.ones((20, 20)), "x")
+    assert collapsed["x_R@1"] == 0 and collapsed["x_mean_rank"] == 10.5
+    random = [retrieval_metrics(rng.standard_normal((40, 40)), "x") for _ in range(200)]
+    for name, value in chance_metrics(40).items():
+        if name != "median_rank":
+            np.testing.assert_allclose(np.mean([r[f"x_{name}"] for r in random]), value, rtol=0.1)
+
+
+def evaluation(tiny, final=True, devices=1):
+    model = tiny.build_model()
+    data = Pipeline(tiny.data, tiny.modalities, tiny.batch_size)
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    return Evaluation(model, params, data, mesh, tiny.batch_size, final)
+
+
+def test_retrieval_report(tiny):
+    report = Retrieval(split="composition[:20]")(evaluation(tiny))
+    assert "chance" in report.text and "among 20" in report.text
+    assert report.pictures["contact_sheet.png"].ndim == 3
+    assert set(report.metrics) >= {"image_to_text_R@1", "text_to_image_median_rank"}
+    eight = Retrieval(split="composition[:20]")(evaluation(tiny, devices=8))
+    assert eight.metrics == report.metrics
+    assert not Retrieval(split="composition[:20]")(evaluation(tiny, final=False)).pictures
+
+
+def test_greedy_is_the_likeliest_next_token_step_by_step(tiny):
+    at = evaluation(tiny)
+    tokenizer, model = at.data.tokenizer, at.model
+    assert tokenizer is not None
+    (batch, _) = next(at.data.evaluation("composition[:8]", 8))
+    given = {"image": batch["image"]}
+    ids = np.asarray(mmx.greedy(model, at.params, given, length=12, begin=tokenizer.begin, end=tokenizer.end))
+    expected = np.full((8, 12), 0)
+    expected[:, 0] = tokenizer.begin
+    apply = jax.jit(lambda text: model.apply({"params": at.params}, {**given, "text": text}, ("text",)).logits["captioning"])
+    for step in range(11):
+        best = np.asarray(apply(expected))[:, step].argmax(-1)
+        ended = (expected[:, 1 : step + 1] == tokenizer.end).any(1)
+        expected[:, step + 1] = np.where(ended, 0, best)
+    np.testing.assert_array_equal(ids, expected)
+
+
+def test_captions_report(tiny):
+    report = Captions(split="composition[:20]", count=12, show=3)(evaluation(tiny))
+    assert report.metrics["exact"] == 0 and "of 12 are right" in report.text and len(report.text.splitlines()) == 5
+    import dataclasses
+
+    mute = dataclasses.replace(tiny, objectives={"contrastive": mmx.objectives.Contrastive()})
+    assert "no captions" in Captions()(evaluation(mute)).text
+
+
+def test_contact_sheet_marks_the_right_answers(rng):
+    images = list(rng.integers(0, 255, (12, 32, 32, 3), np.uint8))
+    right, wrong = (
+        contact_sheet(images, [f"text {i}" for i in range(12)], s)
+        for s in (np.eye(12), np.roll(np.eye(12), 1, axis=1) - np.eye(12))
+    )
+    green = np.array([22, 130, 60])
+    assert (right == green).all(-1).sum() > 1000 > (wrong == green).all(-1).sum()
+
+
+def test_evaluators_say_when():
+    assert [step for step in range(1, 11) if due(Retrieval(every=4), step, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(Captions(every=0), step, 10)] == [10]
+
+
+def test_flops_of_products_scans_and_branches():
+    a, b = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    product = 2 * 8 * 16 * 16
+    assert mmx.count_flops(lambda a, b: a @ b, a, b) == product
+    assert mmx.count_flops(lambda a, b: jax.lax.scan(lambda x, _: (x @ b, None), a, length=7)[0], a, b) == 7 * product
+    assert mmx.count_flops(lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a), a, b) == product
+    assert mmx.count_flops(jax.jit(jax.checkpoint(lambda a, b: (a @ b).sum())), a, b) == product
+    image, kernel = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((4, 4, 3, 5), jnp.float32)
+    convolution = mmx.count_flops(
+        lambda x, k: jax.lax.conv_general_dilated(x, k, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        image,
+        kernel,
+    )
+    assert convolution == 2 * (2 * 2) * (4 * 4 * 3) * 5
+
+
+def test_flops_of_a_model_equal_the_formula():
+    model = mmx.build_model({"text": mmx.modalities.Ids(50, 10)}, "early_concatenation", width=32, depth=3, heads=4, embed=0)
+    batch = mmx.example_batch(model, 4)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))
+    tokens, width, length = 40, 32, 10
+    layer = 2 * tokens * (12 * width**2) + 2 * 2 * tokens * length * width
+    assert mmx.count_flops(lambda v: model.apply(v, batch).pooled, variables) == 3 * layer

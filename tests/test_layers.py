@@ -1,0 +1,212 @@
+"""Attention, blocks and stacks against NumPy, and under masks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.errors import InputError
+from mmx.layers import MLP, Block, BlockConfig, Stack, attend, visibility
+
+SMALL = BlockConfig(width=8, heads=2, mlp=16)
+
+
+def numpy_attention(query, key, value, allowed):
+    """softmax(Q K^T / sqrt(K)) V one head and one row at a time; a row without keys is zero."""
+    size, length, heads, _ = query.shape
+    out = np.zeros_like(query)
+    for b in range(size):
+        for h in range(heads):
+            g = h // (heads // key.shape[2])
+            for i in range(length):
+                keys = np.flatnonzero(allowed[b, i])
+                if keys.size == 0:
+                    continue
+                scores = key[b, keys, g] @ query[b, i, h] / np.sqrt(query.shape[-1])
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = weights @ value[b, keys, g] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_equals_numpy(rng, kv_heads, masked):
+    query = rng.standard_normal((2, 5, 4, 3)).astype(np.float32)
+    key, value = rng.standard_normal((2, 2, 6, kv_heads, 3)).astype(np.float32)
+    mask = rng.random((2, 6)) < 0.6
+    mask[1] = False
+    visible = rng.random((5, 6)) < 0.7
+    allowed = mask[:, None, :] & visible[None] if masked else np.ones((2, 5, 6), bool)
+    arguments = (mask, visible) if masked else (None, None)
+    np.testing.assert_allclose(attend(query, key, value, *arguments), numpy_attention(query, key, value, allowed), atol=2e-6)
+
+
+def test_rows_without_keys_give_zero_in_value_and_gradient(rng):
+    x = rng.standard_normal((2, 4, 2, 3)).astype(np.float32)
+    mask = np.array([[True] * 4, [False] * 4])
+
+    def loss(q, k, v):
+        return jnp.square(attend(q, k, v, mask)).sum()
+
+    assert not np.any(attend(x, x, x, mask)[1])
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(x, x, x):
+        assert np.isfinite(gradient).all() and not np.any(gradient[1]) and np.any(gradient[0])
+
+
+def test_visibility_is_as_drawn():
+    drawn = ["111...", "111...", "111...", "1111..", "11111.", "111111"]
+    np.testing.assert_array_equal(visibility([3, 3], [False, True]), [[c == "1" for c in row] for row in drawn])
+    assert visibility([3, 3], [False, False]) is None
+    two = visibility([2, 2], [True, True])
+    assert two is not None and not two[:2, 2:].any() and not two[2:, :2].any()
+
+
+def test_block_is_the_sum_of_its_sublayers(rng):
+    """A pre-norm block, sublayer by sublayer, in NumPy."""
+    x = rng.standard_normal((2, 3, 8)).astype(np.float32)
+    block = Block(dataclasses.replace(SMALL, activation="relu", eps=1e-5))
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), block.init(jax.random.key(0), x)["params"])
+
+    def norm(x, p):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    p, y = jax.tree.map(np.asarray, params), x
+    h = norm(y, p["self_norm"])
+    q, k, v = (np.einsum("bld,dhk->blhk", h, p["self"][n]["kernel"]) + p["self"][n]["bias"] for n in ("query", "key", "value"))
+    attention = numpy_attention(q, k, v, np.ones((2, 3, 3), bool))
+    y = y + np.einsum("blhk,hkd->bld", attention, p["self"]["out"]["kernel"]) + p["self"]["out"]["bias"]
+    h = np.maximum(norm(y, p["mlp_norm"]) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"], 0)
+    y = y + h @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
+    np.testing.assert_allclose(block.apply({"params": params}, x), y, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_cross_attention_to_nothing_adds_nothing(rng, norm):
+    """A context that is all masked, and no context at all, give the same numbers."""
+    config = dataclasses.replace(SMALL, norm=norm)
+    x, context = rng.standard_normal((2, 2, 4, 8)).astype(np.float32)
+    block = Block(config, "cross self mlp")
+    params = block.init(jax.random.key(0), x, None, None, context)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
+    nothing = block.apply({"params": params}, x, None, None, context, np.zeros((2, 4), bool))
+    np.testing.assert_allclose(nothing, block.apply({"params": params}, x), atol=1e-6)
+    assert np.abs(nothing - block.apply({"params": params}, x, None, None, context)).max() > 1e-3
+
+
+def test_words_make_the_sublayers(rng):
+    x = rng.standard_normal((1, 3, 8)).astype(np.float32)
+    params = Block(SMALL, "cross mlp self mlp").init(jax.random.key(0), x, None, None, x)["params"]
+    assert {name for name in params if not name.endswith("norm")} == {"cross", "mlp", "self", "mlp_1"}
+    with pytest.raises(InputError, match="did you mean 'cross'"):
+        Block(SMALL, "cros mlp").init(jax.random.key(0), x)
+
+
+def stack_output(config, x, key=None, depth=3):
+    stack, weights = Stack(depth, config), jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+
+    @jax.jit
+    def run(x):
+        params = stack.init(jax.random.key(0), x)["params"]
+        rngs = None if key is None else {"dropout": key}
+        return jax.value_and_grad(lambda p: (stack.apply({"params": p}, x, rngs=rngs) * weights).sum())(params)
+
+    return run(x)
+
+
+def test_unrolling_and_remat_change_nothing(rng):
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    value, gradient = stack_output(SMALL, x)
+    for change in ({"unroll": 3}, {"unroll": 8}, {"remat": "full"}, {"remat": "dots"}):
+        other_value, other_gradient = stack_output(dataclasses.replace(SMALL, **change), x)
+        np.testing.assert_allclose(other_value, value, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other_gradient, gradient)
+
+
+def test_remat_saves_memory():
+    x = jax.ShapeDtypeStruct((64, 64, 128), jnp.float32)
+    config = BlockConfig(width=128, heads=4)
+
+    def temporary(remat):
+        stack = Stack(8, dataclasses.replace(config, remat=remat))
+        params = jax.eval_shape(lambda x: stack.init(jax.random.key(0), x)["params"], x)
+        step = jax.jit(jax.grad(lambda p, x: jnp.square(stack.apply({"params": p}, x)).sum()))
+        return step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("full") < 0.5 * temporary("none")
+
+
+def test_dropout_and_drop_path_act_only_with_a_key(rng):
+    x = rng.standard_normal((16, 5, 8)).astype(np.float32)
+    for change in ({"dropout": 0.5}, {"drop_path": 0.9}):
+        config = dataclasses.replace(SMALL, **change)
+        assert stack_output(config, x)[0] == stack_output(SMALL, x)[0]
+        first, again, other = (stack_output(config, x, jax.random.key(k))[0] for k in (0, 0, 1))
+        assert first == again != other
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean(rng):
+    block = Block(dataclasses.replace(SMALL, drop_path=0.5), "mlp")
+    x = np.repeat(rng.standard_normal((1, 3, 8)).astype(np.float32), 2000, axis=0)
+    params = block.init(jax.random.key(0), x)["params"]
+    branch = block.apply({"params": params}, x) - x
+    dropped = block.apply({"params": params}, x, drop_path=0.5, rngs={"dropout": jax.random.key(1)}) - x
+    kept = np.abs(dropped).max((1, 2)) > 0
+    assert 0.45 < kept.mean() < 0.55
+    np.testing.assert_allclose(dropped[kept], 2 * branch[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"norm_kind": "rms"}, {"qk_norm": True}, {"layer_scale": 0.1}, {"kv_heads": 1}, {"bias": False}]
+)
+def test_every_option_changes_the_block_and_has_gradients(rng, change):
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    value, gradient = stack_output(dataclasses.replace(SMALL, **change), x, depth=1)
+    assert value != stack_output(SMALL, x, depth=1)[0]
+    assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradient) if g.ndim > 2)
+
+
+def test_post_norm_ends_normalised(rng):
+    x = 5 * rng.standard_normal((2, 5, 8)).astype(np.float32)
+    stack = Stack(2, dataclasses.replace(SMALL, norm="post"))
+    variables = stack.init(jax.random.key(0), x)
+    assert "norm" not in variables["params"]
+    np.testing.assert_allclose(np.asarray(stack.apply(variables, x)).std(-1), 1, atol=1e-3)
+
+
+def test_bfloat16_stays_bfloat16():
+    """The residual stream between layers is bfloat16, and no matrix product runs in float32 but the scores' sums."""
+    stack = Stack(2, BlockConfig(width=16, heads=2, dtype="bfloat16"))
+    x = jnp.zeros((2, 4, 16), jnp.bfloat16)
+    variables = stack.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert stack.apply(variables, x).dtype == jnp.bfloat16
+    text = str(jax.make_jaxpr(stack.apply)(variables, x))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) >= 8
+    scan_carry = jax.make_jaxpr(stack.apply)(variables, x).eqns[-1]
+    assert all(":bf16" in p.split("=")[0] or "preferred_element_type=float32" in text for p in products)
+    assert scan_carry.outvars[0].aval.dtype == jnp.bfloat16
+
+
+def test_mlp_keeps_its_shape():
+    x = jnp.ones((2, 3, 8))
+    mlp = MLP(16, "gelu", True, "float32")
+    assert mlp.apply(mlp.init(jax.random.key(0), x), x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 10, "heads": 4}, "width=10 is not a multiple of heads=4"),
+        ({"heads": 4, "kv_heads": 3, "width": 8}, "kv_heads=3"),
+        ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
+        ({"norm": "prenorm"}, "unknown norm"),
+        ({"norm_kind": "lyer"}, "did you mean 'layer'"),
+        ({"remat": "ful"}, "did you mean 'full'"),
+    ],
+)
+def test_wrong_block_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        BlockConfig(**change)

@@ -1,0 +1,110 @@
+"""Objectives: shared forward passes, labels, padding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmx
+from mmx import objectives
+from mmx.objectives import Captioning, Contrastive, Matching, run_views, view
+from mmx.topologies import TOPOLOGIES
+
+ALL = {"contrastive": Contrastive(), "matching": Matching(), "captioning": Captioning()}
+
+
+def setup(tiny, topology="multi_to_one"):
+    model = dataclasses.replace(tiny, topology=topology).build_model()
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    return model, params
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_views_that_are_shared_equal_views_of_their_own(tiny, batch, topology):
+    model, params = setup(tiny, topology)
+    wanted = [view("image"), view("text"), view("image", "text", causal=["text"])]
+    shared = jax.jit(lambda p, b: [o.embeddings for o in run_views(model, p, b, wanted, None).values()])(params, batch)
+    for v, embeddings in zip(wanted, shared, strict=True):
+        (alone,) = run_views(model, params, batch, [v], None).values()
+        for name in alone.embeddings:
+            np.testing.assert_allclose(embeddings[name], alone.embeddings[name], atol=2e-5)
+
+
+def test_a_view_is_read_off_a_larger_one_where_streams_keep_apart(tiny, batch):
+    """Three wishes, two forward passes: counted in the program. Early summation mixes, and needs three."""
+    wanted = [view("image"), view("text"), view("image", "text", causal=["text"])]
+
+    def work(topology, views):
+        model, params = setup(tiny, topology)
+        return mmx.count_flops(lambda p: [o.embeddings for o in run_views(model, p, batch, views, None).values()], params)
+
+    assert work("multi_to_one", wanted) < work("multi_to_one", wanted[:1]) + work("multi_to_one", wanted[1:])
+    assert work("early_summation", wanted) == sum(work("early_summation", [v]) for v in wanted)
+
+
+def test_matching_labels_say_what_is_swapped(batch):
+    objective = Matching(swap_rate=0.5)
+    labels = []
+    for seed in range(40):
+        out = objective.corrupt(batch, jax.random.key(seed))
+        same = (np.asarray(out["matching/swapped"].array) == batch["text"].array).all(-1)
+        np.testing.assert_array_equal(out["matching/label"], same)
+        labels.append(out["matching/label"])
+    assert 0.4 < np.mean(labels) < 0.6
+
+
+def test_matching_calls_an_equal_text_equal(batch):
+    twins = dict(batch, text=jax.tree.map(lambda x: np.repeat(x[:1], len(x), 0), batch["text"]))
+    assert Matching(swap_rate=1.0).corrupt(twins, jax.random.key(0))["matching/label"].all()
+    assert not Matching(swap_rate=1.0).corrupt(batch, jax.random.key(0))["matching/label"].any()
+
+
+def losses_of(model, params, batch, only=tuple(ALL)):
+    chosen = {name: ALL[name] for name in only}
+
+    def run(params, batch):
+        corrupted = objectives.corrupt(chosen, batch, jax.random.key(3))
+        return objectives.total_loss(chosen, objectives.forward(chosen, model, params, corrupted, None))
+
+    return jax.jit(run)(params, batch)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_what_stands_in_padding_changes_no_loss(tiny, batch, topology):
+    model, params = setup(tiny, topology)
+    text = batch["text"]
+    noise = mmx.Masked(np.where(text.mask, text.array, 299), text.mask)
+    total, metrics = losses_of(model, params, batch)
+    assert jnp.isfinite(total) and set(metrics) >= {"loss", *(f"loss/{name}" for name in ALL)}
+    np.testing.assert_allclose(losses_of(model, params, dict(batch, text=noise))[0], total, rtol=1e-5)
+
+
+def test_captioning_predicts_the_next_token(tiny, batch):
+    """The loss of one example, token by token in NumPy, from the model's own logits."""
+    model, params = setup(tiny)
+    out = model.apply({"params": params}, batch, ("text",))
+    logits, ids, mask = (np.asarray(x) for x in (out.logits["captioning"], batch["text"].array, batch["text"].mask))
+    losses = []
+    for b, t in zip(*np.nonzero(mask[:, 1:]), strict=True):
+        losses.append(np.log(np.exp(logits[b, t]).sum()) - logits[b, t, ids[b, t + 1]])
+    np.testing.assert_allclose(losses_of(model, params, batch, ["captioning"])[0], np.mean(losses), rtol=1e-5)
+
+
+def test_an_example_without_text_takes_no_part(tiny, batch):
+    model, params = setup(tiny)
+    present = np.arange(8) < 5
+    partly = dict(batch, text=mmx.Masked(batch["text"].array, batch["text"].mask & present[:, None]))
+    first = jax.tree.map(lambda x: x[:5], batch)
+    for name in ("contrastive", "captioning"):
+        a, b = (losses_of(model, params, x, [name])[0] for x in (partly, first))
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_three_modalities_are_compared_in_pairs(rng):
+    x = {name: rng.standard_normal((4, 8)).astype("f") for name in "abc"}
+    objective = Contrastive(modalities=("a", "b", "c"))
+    values = {"embeddings": x, "present": {n: jnp.ones(4, bool) for n in x}, "logit_scale": jnp.full(4, 2.0)}
+    pairs = [mmx.losses.clip_loss(x[i], x[j], 2.0) for i, j in ("ab", "ac", "bc")]
+    np.testing.assert_allclose(objective.loss(values)[0], np.mean(pairs), rtol=1e-6)

@@ -1,0 +1,241 @@
+"""Properties every topology has, for any number of streams, lengths, masks and absences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmx.errors import InputError
+from mmx.layers import BlockConfig
+from mmx.topologies import (
+    TOPOLOGIES,
+    Cross,
+    Joint,
+    PerStream,
+    Sum,
+    cross_attention,
+    early_concatenation,
+    make_topology,
+    multi_to_one,
+)
+from mmx.topologies.stages import FUSED
+from mmx.types import Tokens
+
+BLOCK = BlockConfig(width=8, heads=2, mlp=16)
+NAMES = ("image", "text", "audio", "video", "pose")
+
+
+def make_streams(rng, lengths, masked=True):
+    streams = {}
+    for name, length in zip(NAMES, lengths, strict=False):
+        values = rng.standard_normal((3, length, 8)).astype(np.float32)
+        mask = rng.random((3, length)) < 0.7 if masked else np.ones((3, length), bool)
+        streams[name] = Tokens(values, mask)
+    return streams
+
+
+def apply_stages(stages, params, streams):
+    @jax.jit
+    def run(params, leaves):
+        out = dict(zip(streams, leaves, strict=True))  # in their own order: jit sorts the keys of a dict
+        for stage, variables in zip(stages, params, strict=True):
+            out = stage.apply({"params": variables}, out)
+        return out
+
+    return run(params, list(streams.values()))
+
+
+def init_stages(stages, streams, rng):
+    params = []
+    for stage in stages:
+        shapes = jax.eval_shape(stage.init, jax.random.key(0), streams).get("params", {})
+        variables = jax.tree.map(lambda p: 0.4 * rng.standard_normal(p.shape).astype(np.float32), shapes)
+        params.append(variables)
+        streams = jax.eval_shape(lambda s, v=variables, stage=stage: stage.apply({"params": v}, s), streams)
+    return params
+
+
+def at_mask(streams):
+    """The values of the tokens that exist; zeros elsewhere."""
+    return {name: np.where(t.dense_mask[..., None], t.values, 0) for name, t in streams.items()}
+
+
+def same(a, b, atol=2e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=atol)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@settings(max_examples=4, deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), seed=st.integers(0, 99))
+def test_masked_tokens_change_nothing(topology, lengths, seed):
+    rng = np.random.default_rng(seed)
+    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, lengths)
+    params = init_stages(stages, streams, rng)
+    noisy = {
+        name: dataclasses.replace(
+            t, values=np.where(t.mask[..., None], t.values, 50 * rng.standard_normal(t.values.shape)).astype("f")
+        )
+        for name, t in streams.items()
+    }
+    same(at_mask(apply_stages(stages, params, noisy)), at_mask(apply_stages(stages, params, streams)))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_absent_modality_equals_a_batch_without_it(rng, topology):
+    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (4, 3, 5))
+    params = init_stages(stages, streams, rng)
+    masked = streams | {"text": dataclasses.replace(streams["text"], mask=np.zeros((3, 3), bool))}
+    without = {name: streams[name] for name in ("image", "audio")}
+    with_mask, with_less = (at_mask(apply_stages(stages, params, s)) for s in (masked, without))
+    with_mask.pop("text", None)
+    same({n: v[:, : with_less[n].shape[1]] for n, v in with_mask.items()}, with_less)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_gradients_are_finite_when_everything_is_masked(rng, topology):
+    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (3, 2))
+    params = init_stages(stages, streams, rng)
+    absent = {name: dataclasses.replace(t, mask=np.zeros_like(t.mask)) for name, t in streams.items()}
+
+    def loss(params):
+        out = apply_stages(stages, params, absent)
+        return sum(jnp.where(t.dense_mask[..., None], t.values, 0).sum() for t in out.values())
+
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_causal_stream_leaks_neither_forward_nor_sideways(rng, topology):
+    """What comes later in a causal text changes no earlier token of it and no token of another stream."""
+    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (4, 6), masked=False)
+    streams["text"] = dataclasses.replace(streams["text"], causal=True)
+    params = init_stages(stages, streams, rng)
+    changed = np.array(streams["text"].values)
+    changed[:, 3:] *= -1
+    before = apply_stages(stages, params, streams)
+    after = apply_stages(stages, params, streams | {"text": dataclasses.replace(streams["text"], values=changed)})
+    stream = FUSED if FUSED in before else "text"
+    np.testing.assert_allclose(after[stream].values[:, :3], before[stream].values[:, :3], atol=1e-5)
+    assert np.abs(after[stream].values[:, 3:] - before[stream].values[:, 3:]).max() > 1e-3
+    if FUSED not in before:
+        np.testing.assert_allclose(after["image"].values, before["image"].values, atol=1e-5)
+        image = dataclasses.replace(streams["image"], values=streams["image"].values + rng.standard_normal((3, 4, 8)))
+        other = apply_stages(stages, params, streams | {"image": image})
+        if topology != "one_to_multi":
+            assert np.abs(other["text"].values - before["text"].values).max() > 1e-3
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_with_one_modality_a_topology_is_a_plain_encoder(rng, topology):
+    """Alone, a stream goes through self-attention and MLP and nothing else."""
+    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (4, 3))
+    params = init_stages(stages, streams, rng)
+    alone = apply_stages(stages, params, {"image": streams["image"]})
+    depth = sum(s.depth if isinstance(s.depth, int) else sum(s.depth.values()) for s in stages if not isinstance(s, Sum))
+    assert depth == 2
+    (out,) = alone.values()
+    expected = streams["image"]
+    for stage, variables in zip(stages, params, strict=True):
+        if isinstance(stage, Sum):
+            continue
+        if isinstance(stage, Cross):
+            inner = {k: v for k, v in variables["layers"]["image"].items() if not k.startswith("cross")}
+            variables = {"stack": {"layers": {"block": inner}, "norm": variables["image_norm"]}}
+        elif isinstance(stage, PerStream):
+            variables = {"stack": next(v for k, v in variables.items() if k in ("image", FUSED))}
+        encoder = Joint(stage.depth if isinstance(stage.depth, int) else stage.depth[FUSED], BLOCK)
+        expected = apply_stages([encoder], [variables], {"image": expected})["image"]
+    same(at_mask({"x": out}), at_mask({"x": expected}))
+
+
+def test_multi_to_one_without_stream_layers_is_early_concatenation(rng):
+    streams = make_streams(rng, (4, 3))
+    late, early = multi_to_one(0, 2, BLOCK), early_concatenation(2, BLOCK)
+    params = init_stages(early, streams, rng)
+    same(at_mask(apply_stages(late, [{}, *params], streams)), at_mask(apply_stages(early, params, streams)))
+
+
+def test_permuting_tokens_permutes_outputs(rng):
+    for topology in TOPOLOGIES:
+        if topology == "early_summation":
+            continue  # its tokens are aligned by position
+        stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (5, 3))
+        params = init_stages(stages, streams, rng)
+        order = rng.permutation(5)
+        image = streams["image"]
+        shuffled = streams | {"image": Tokens(image.values[:, order], image.mask[:, order])}
+        before, after = (at_mask(apply_stages(stages, params, s)) for s in (streams, shuffled))
+        same(after, before | {"image": before["image"][:, order]})
+
+
+def test_sum_renormalises_over_the_streams_that_are_there():
+    a = Tokens(np.full((1, 3, 2), 2.0, "f"), np.array([[True, True, False]]))
+    b = Tokens(np.full((1, 2, 2), 6.0, "f"), np.array([[True, False]]))
+    out = Sum({"a": 3.0}).apply({}, {"a": a, "b": b})["fused"]
+    np.testing.assert_allclose(out.values[0, :, 0], [(3 * 2 + 6) / 4, 2, 0])
+    np.testing.assert_array_equal(out.mask, [[True, True, False]])
+    learned = Sum({"a": 3.0}, learned=True)
+    variables = learned.init(jax.random.key(0), {"a": a, "b": b})
+    np.testing.assert_allclose(learned.apply(variables, {"a": a, "b": b})["fused"].values, out.values, rtol=1e-6)
+    gradient = jax.grad(lambda v: learned.apply(v, {"a": a, "b": b})["fused"].values.sum())(variables)
+    assert all(np.any(g) for g in jax.tree.leaves(gradient))
+    with pytest.raises(InputError, match="weights are positive"):
+        Sum({"a": -1.0}).apply({}, {"a": a})
+
+
+def test_edges_say_who_reads_whom(rng):
+    stage, streams = Cross(2, BLOCK, edges={"text": ("image",)}), make_streams(rng, (4, 3, 2), masked=False)
+    (params,) = init_stages([stage], streams, rng)
+    before = apply_stages([stage], [params], streams)
+    for changed in ("image", "audio"):
+        other = streams | {
+            changed: dataclasses.replace(streams[changed], values=streams[changed].values + 1 + streams[changed].values ** 2)
+        }
+        after = apply_stages([stage], [params], other)
+        moved = {n for n in streams if np.abs(after[n].values - before[n].values).max() > 1e-4}
+        assert moved == ({"image", "text"} if changed == "image" else {"audio"})
+
+
+def test_shared_weights_serve_all_streams(rng):
+    streams = make_streams(rng, (4, 3))
+    for stage in (Cross(2, BLOCK, share=True), PerStream(2, BLOCK, share=True)):
+        (params,) = init_stages([stage], streams, rng)
+        swapped = {"image": streams["text"], "text": streams["image"]}
+        out, crossed = (apply_stages([stage], [params], s) for s in (streams, swapped))
+        np.testing.assert_allclose(out["image"].values, crossed["text"].values, atol=1e-5)
+
+
+def test_streams_may_differ_in_depth_width_and_causality(rng):
+    blocks = {"image": BLOCK, "text": BlockConfig(width=16, heads=4, mlp=8)}
+    stage, streams = PerStream({"image": 2, "text": 1}, blocks, causal=("text",)), make_streams(rng, (4, 3), masked=False)
+    (params,) = init_stages([stage], streams, rng)
+    out = apply_stages([stage], [params], streams)
+    assert out["image"].values.shape == (3, 4, 8) and out["text"].values.shape == (3, 3, 16)
+    text = np.array(streams["text"].values)
+    text[:, 2] += 1
+    after = stage.apply({"params": params}, streams | {"text": dataclasses.replace(streams["text"], values=text)})
+    np.testing.assert_allclose(after["text"].values[:, :2], out["text"].values[:, :2], atol=1e-6)
+    joint = Joint(1, BLOCK)
+    (joint_params,) = init_stages([joint], out, rng)
+    assert {t.values.shape[-1] for t in joint.apply({"params": joint_params}, out).values()} == {8}
+
+
+def test_tuples_add(rng):
+    stages, streams = cross_attention(2, BLOCK) + early_concatenation(1, BLOCK), make_streams(rng, (4, 3))
+    params = init_stages(stages, streams, rng)
+    assert apply_stages(stages, params, streams)["image"].values.shape == (3, 4, 8)
+
+
+def test_wrong_topologies_are_refused():
+    with pytest.raises(InputError, match="did you mean 'multi_to_one'"):
+        make_topology("multi_to_on", 4)
+    with pytest.raises(InputError, match="needs depth >= 2, got 1"):
+        make_topology("multi_to_one", 1)
+    with pytest.raises(InputError, match="no block"):
+        Joint(1).init(jax.random.key(0), {"image": Tokens(np.zeros((1, 2, 8), "f"))})

@@ -1,0 +1,387 @@
+"""Whole runs: what they write, how they go on, and what stops them."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mmx
+from mmx import evaluate
+from mmx.data import DataError, Pipeline
+from mmx.errors import InputError
+from mmx.train import CheckpointConfig, LogConfig, MeshConfig, Stopped, run
+from mmx.train.checkpoint import open_checkpoints
+from mmx.train.experiment import differences, to_json
+from mmx.train.loop import MAX_SKIPPED
+
+ROOT = Path(mmx.__file__).parent.parent
+
+
+def records(run_folder):
+    return [json.loads(line) for line in (Path(run_folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def kept(run_folder):
+    """The records without the measurements of time."""
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records(run_folder)]
+
+
+def train(experiment):
+    return run(experiment, devices=jax.devices()[:1])
+
+
+def poison(monkeypatch, steps):
+    """Turns the images of some steps into NaN."""
+    original = Pipeline.train
+
+    def batches(self, first_step=0):
+        for i, batch in enumerate(original(self, first_step), first_step + 1):
+            image = batch["image"].astype(np.float32) / 255
+            yield dict(batch, image=np.full_like(image, np.nan) if i in steps else image)
+
+    monkeypatch.setattr(Pipeline, "train", batches)
+
+
+def test_a_run_writes_what_it_says(tiny, capsys):
+    experiment = dataclasses.replace(
+        tiny,
+        log=LogConfig(every=2, tensorboard=True),
+        evaluators={
+            "composition": evaluate.Retrieval(split="composition[:16]", every=3),
+            "captions": evaluate.Captions(split="composition[:16]", count=8),
+        },
+    )
+    found = train(experiment)
+    folder, out = Path(tiny.run), capsys.readouterr().out
+    assert {f"composition/image_to_text_R@{k}" for k in (1, 5, 10)} | {"captions/exact"} <= found.keys()
+    trained = [r for r in records(folder) if "loss" in r]
+    assert [r["step"] for r in trained] == [2, 4, 6]
+    assert {"loss/contrastive", "loss/matching", "loss/captioning", "grad_norm", "learning_rate", "skipped"} <= trained[0].keys()
+    assert {"time/examples_per_second", "time/share_of_peak", "time/waiting_for_data", "time/memory_gib"} <= trained[0].keys()
+    assert [r["step"] for r in records(folder) if "composition/image_to_text_R@1" in r] == [3, 6]
+    assert json.loads((folder / "config.json").read_text())["model"]["width"] == 32
+    assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "tokenizer.json").exists() and list((folder / "tensorboard").glob("events*"))
+    assert (folder / "checkpoints/6").is_dir()
+    for part in ("step 6/6 100% eta 0:00", "examples/s", "tokens/s", "TFLOP/s", "of peak", "waiting for data", "GiB", "grad norm",
+                 "matrix products of the forward passes x 3", "first step", "next: python train.py", str(folder), "chance"):  # fmt: skip
+        assert part in out
+
+
+def test_training_learns(tiny):
+    """A hundred steps on 64 examples bring every loss well below its start."""
+    experiment = dataclasses.replace(
+        tiny,
+        steps=120,
+        batch_size=32,
+        evaluators={"train": evaluate.Retrieval(split="train[:64]")},
+        checkpoint=CheckpointConfig(best=""),
+        optimizer=dataclasses.replace(tiny.optimizer, learning_rate=5e-3, ema=0.0),
+    )
+    found = train(experiment)
+    first, last = (next(r for r in rs if "loss" in r) for rs in (records(tiny.run), records(tiny.run)[::-1]))
+    assert last["loss/contrastive"] < 0.5 * first["loss/contrastive"]
+    assert last["loss/captioning"] < 0.6 * first["loss/captioning"]
+    assert found["train/image_to_text_R@1"] > 0.2
+
+
+def test_resuming_equals_never_stopping(tiny, tmp_path):
+    """Saved at step 4, gone on to 6: metrics, parameters, moments, average and counters of an uninterrupted run."""
+    whole = dataclasses.replace(tiny, run=str(tmp_path / "whole"))
+    train(whole)
+    train(tiny)
+    folder = Path(tiny.run)
+    import shutil
+
+    shutil.rmtree(folder / "checkpoints/6")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 99}\n{"step": 6, "lo')  # what a crash leaves
+    train(dataclasses.replace(tiny, resume="must"))
+    assert kept(tiny.run) == kept(whole.run)
+    assert_same_state(tiny, whole)
+
+
+def assert_same_state(a, b):
+    states = []
+    for experiment in (a, b):
+        from mmx.parallel import make_mesh
+        from mmx.train import make_optimizer, make_state
+
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        target, _ = make_state(experiment.build_model(), make_optimizer(experiment.optimizer, experiment.steps), True, 7, mesh)
+        checkpoints = open_checkpoints(Path(experiment.run) / "checkpoints")
+        states.append(checkpoints.restore(target)[0])
+        checkpoints.close()
+    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_finished_run_only_evaluates_again(tiny):
+    train(tiny)
+    before = kept(tiny.run)
+    assert train(tiny)
+    assert kept(tiny.run)[: len(before)] == before
+
+
+def test_another_mesh_may_go_on(tiny):
+    train(dataclasses.replace(tiny, steps=6))
+    import shutil
+
+    expected = kept(tiny.run)
+    shutil.rmtree(Path(tiny.run) / "checkpoints/6")
+    run(dataclasses.replace(tiny, mesh=MeshConfig(2, 2, 2)))
+    for a, b in zip(kept(tiny.run), expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_new_run_may_start_from_another_ones_state(tiny, tmp_path):
+    train(tiny)
+    longer = dataclasses.replace(tiny, steps=8, resume=tiny.run, run=str(tmp_path / "longer"))
+    train(longer)
+    assert [r["step"] for r in kept(longer.run) if "loss" in r] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1, "batch_size": 16}, r"another configuration:\n  batch_size: 8 -> 16\n  seed: 0 -> 1\n"),
+        ({"resume": "never"}, "holds checkpoints; choose another --run"),
+        ({"resume": "nowhere"}, "holds no checkpoint; name a run folder"),
+    ],
+)
+def test_a_run_that_is_another_one_is_refused(tiny, change, message):
+    train(dataclasses.replace(tiny, steps=4))
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(tiny, steps=4, **change))
+
+
+def test_must_wants_a_checkpoint(tiny):
+    with pytest.raises(InputError, match="--resume must: .* holds no checkpoint"):
+        train(dataclasses.replace(tiny, resume="must"))
+
+
+def test_differences_name_nested_fields(tiny):
+    other = dataclasses.replace(tiny, mesh=MeshConfig(data=8), modalities={"text": mmx.modalities.Ids(300, 12)})
+    lines = differences(to_json(tiny), to_json(other))
+    assert len(lines) == 1 and lines[0].startswith("modalities.image: {") and lines[0].endswith("-> null")
+
+
+def test_a_step_with_nan_is_skipped_counted_and_shown(tiny, monkeypatch, capsys):
+    poison(monkeypatch, {3, 4})
+    train(tiny)
+    trained = [r for r in records(tiny.run) if "loss" in r]
+    assert [r["skipped"] for r in trained] == [0, 0, 1, 2, 2, 2]
+    assert [isinstance(r["loss"], str) for r in trained] == [False, False, True, True, False, False]
+    assert "2 steps skipped" in capsys.readouterr().out
+    assert trained[3]["learning_rate"] == trained[2]["learning_rate"]
+
+
+def test_a_skipped_step_moves_nothing(tiny, batch):
+    import functools
+
+    from mmx.parallel import make_mesh
+    from mmx.train import Task, make_optimizer, make_schedule, make_state, train_step
+
+    task, optimizer = Task(tiny.build_model(), tiny.active_objectives), make_optimizer(tiny.optimizer, 6)
+    state, _ = make_state(task.model, optimizer, True, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
+    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=make_schedule(tiny.optimizer, 6), ema=0.9)
+    good, bad = dict(batch, image=batch["image"] / 255.0), dict(batch, image=np.full(batch["image"].shape, np.nan))
+    state, _ = jax.jit(step)(state, good)
+    after, metrics = jax.jit(step)(state, bad)
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.params, after.opt_state, after.ema), (state.params, state.opt_state, state.ema)
+    )
+    assert (int(after.step), int(after.skipped), int(metrics["skipped_in_row"])) == (2, 1, 1)
+
+
+def test_ten_steps_with_nan_in_a_row_stop_the_run_with_its_state(tiny, monkeypatch):
+    poison(monkeypatch, set(range(3, 99)))
+    long = dataclasses.replace(tiny, steps=40, checkpoint=CheckpointConfig(every_minutes=0))
+    with pytest.raises(Stopped, match="not finite in 10 steps in a row, up to step 12") as stopped:
+        train(long)
+    assert stopped.value.code == 1
+    (saved,) = [int(p.name) for p in (Path(long.run) / "checkpoints").iterdir() if p.name.isdigit()]
+    assert MAX_SKIPPED + 2 <= saved <= MAX_SKIPPED + 6
+
+
+def test_a_batch_that_does_not_divide_is_refused(tiny):
+    with pytest.raises(
+        InputError, match=r"batch_size=12 is not divisible by 8.*data=8 x fsdp=1, microbatches=1; choose a multiple of 8"
+    ):
+        run(dataclasses.replace(tiny, batch_size=12))
+    with pytest.raises(InputError, match="not a multiple of microbatches=3"):
+        dataclasses.replace(tiny, microbatches=3)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"run folder .* cannot be written: .*choose another one with --run"):
+        train(dataclasses.replace(tiny, run=str(tmp_path / "file" / "run")))
+
+
+def test_a_full_disk_is_named(tiny):
+    """metrics.jsonl leads to /dev/full, where every write fails as on a full disk."""
+    Path(tiny.run).mkdir()
+    (Path(tiny.run) / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl: No space left on device; make room"):
+        train(tiny)
+
+
+def test_a_full_disk_under_the_checkpoints_is_named(tiny, monkeypatch):
+    from mmx.train.checkpoint import ocp
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(InputError, match=r"cannot save step 2 in .*checkpoints: .*No space left on device"):
+        train(tiny)
+
+
+def test_a_corrupt_example_stops_the_run(tiny, monkeypatch):
+    from mmx.data.sources import Source
+
+    original = Source.__getitem__
+
+    def broken(self, index):
+        if index == 40:
+            raise self.broken("record 40 cannot be read")
+        return original(self, index)
+
+    tokenizer_is_cached = Pipeline(tiny.data, tiny.modalities, tiny.batch_size)
+    assert tokenizer_is_cached.tokenizer is not None
+    monkeypatch.setattr(Source, "__getitem__", broken)
+    with pytest.raises(DataError, match="record 40 cannot be read"):
+        train(dataclasses.replace(tiny, steps=40))
+
+
+def test_wrong_experiments_are_refused(tiny):
+    for change, message in [
+        ({"topology": "multi_to_on"}, "did you mean 'multi_to_one'"),
+        ({"steps": 0}, "steps=0; it has to be at least 1"),
+        ({"objectives": {"contrastive": mmx.objectives.Contrastive(weight=0)}}, "nothing to train"),
+        ({"steps": 2}, "do not fit into steps=2"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(tiny, **change)
+
+
+# Whole processes: signals, crashes, the command line.
+
+FAST = [
+    "--batch-size",
+    "16",
+    "--model.width",
+    "32",
+    "--model.mlp",
+    "64",
+    "--model.depth",
+    "2",
+    "--modalities.image.patch",
+    "16",
+    "16",
+    "--modalities.text.vocab",
+    "300",
+    "--data.split",
+    "train[:64]",
+    "--optimizer.warmup",
+    "2",
+    "--optimizer.ema",
+    "0.9",
+    "--evaluators.composition.split",
+    "composition[:16]",
+    "--evaluators.captions.count",
+    "8",
+    "--evaluators.captions.split",
+    "composition[:16]",
+    "--log.every",
+    "1",
+    "--log.tensorboard",
+    "False",
+]
+
+
+def start(run_folder, *arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "train.py", *FAST, "--run", str(run_folder), *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_run_and_resumed_equals_uninterrupted(tmp_path):
+    """kill -9 while training and saving: afterwards everything is, bit for bit, as if nothing had happened."""
+    arguments = ("--steps", "300", "--checkpoint.every-steps", "5", "--checkpoint.keep", "3")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = finish(start(whole, *arguments))
+    assert code == 0, err
+    for at in (20, 120):
+        process = start(killed, *arguments)
+        wait_for(lambda at=at: (killed / "metrics.jsonl").exists() and len(kept_safely(killed)) >= at, process)
+        process.send_signal(signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+        assert 0 < len(kept_safely(killed)) < 300
+    code, out, err = finish(start(killed, *arguments, "--resume", "must"))
+    assert code == 0 and "going on after step" in out, err
+    assert kept(killed) == kept(whole)
+    from mmx.cli import parse_experiment
+
+    a, b = (parse_experiment([*FAST, *arguments, "--run", str(folder)]) for folder in (whole, killed))
+    assert_same_state(a, b)
+
+
+def kept_safely(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in lines if line.endswith("}")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(folder, "--steps", "5000")
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(kept_safely(folder)) >= 5, process)
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number
+    step = int(err.split("saved step ")[1].split(";")[0])
+    assert (folder / f"checkpoints/{step}").is_dir()
+    command = err.strip().splitlines()[-1].split()
+    assert command[:2] == ["python", "train.py"] and command[-2:] == ["--run", str(folder)]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    again = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    wait_for(lambda: len(kept_safely(folder)) >= step + 2, again)
+    again.send_signal(signal.SIGTERM)
+    assert f"going on after step {step}" in finish(again)[1]
+
+
+@pytest.mark.slow
+def test_errors_are_one_line_without_a_trace(tmp_path):
+    code, _, err = finish(start(tmp_path / "run", "--topology", "multi_to_on"))
+    assert code == 2 and err.startswith("error: unknown topology 'multi_to_on'; did you mean 'multi_to_one'?")
+    assert "Traceback" not in err
