@@ -10,6 +10,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 os.environ.setdefault("MMX_CACHE", os.path.join(tempfile.gettempdir(), f"mmx-test-cache-{os.getuid()}"))
 
 import jax
+
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["MMX_CACHE"], "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
 import numpy as np
 import pytest
 

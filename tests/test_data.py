@@ -31,9 +31,8 @@ def test_the_set_has_what_it_says():
 
 
 def test_composition_is_held_out_and_its_parts_are_known():
-    train, held_out = (
-        [open_source("emoji", s)[i] for i in range(len(open_source("emoji", s)))] for s in ("train", "composition")
-    )
+    sources = [open_source("emoji", split) for split in ("train", "composition")]
+    train, held_out = ([source[i] for i in range(len(source))] for source in sources)
     assert not {e["key"] for e in train} & {e["key"] for e in held_out}
     assert {e["key"] for e in held_out} == composition_keys(read_entries())
     words = {w for e in train for w in e["name"].lower().replace(",", " ").replace(":", " ").split()}

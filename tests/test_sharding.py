@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from mmx.data import Pipeline
 from mmx.data.pipeline import put_batch
 from mmx.errors import InputError
+from mmx.objectives import Contrastive
 from mmx.parallel import MeshConfig, batch_sharding, constrain, make_mesh, shardings, spec
 from mmx.topologies import TOPOLOGIES
 from mmx.train import OptimizerConfig, Task, compile_step, make_optimizer, make_schedule, make_state, train_step
@@ -47,19 +48,22 @@ def test_eight_devices_give_the_losses_of_one(tiny, topology):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(1, 8, 1), MeshConfig(2, 1, 4), MeshConfig(-1, 4, 1)])
 def test_every_shape_of_the_mesh(tiny, mesh):
+    tiny = dataclasses.replace(tiny, objectives={"contrastive": Contrastive()})
     expected, _ = train(tiny, MeshConfig(), 1)
     np.testing.assert_allclose(train(tiny, mesh, 8)[0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
 def test_every_optimizer_on_a_mesh(tiny, name):
-    experiment = dataclasses.replace(tiny, optimizer=OptimizerConfig(name=name, learning_rate=1e-3, warmup=2))
+    optimizer = OptimizerConfig(name=name, learning_rate=1e-3, warmup=2)
+    experiment = dataclasses.replace(tiny, optimizer=optimizer, objectives={"contrastive": Contrastive()})
     expected, _ = train(experiment, MeshConfig(), 1)
     np.testing.assert_allclose(train(experiment, MeshConfig(2, 2, 2), 8)[0], expected, rtol=2e-5)
 
 
 def test_state_is_split_and_moments_lie_like_their_parameters(tiny):
-    _, state = train(tiny, MeshConfig(1, 4, 2), 8, steps=1)
+    cheap = dataclasses.replace(tiny, objectives={"contrastive": Contrastive()})
+    _, state = train(cheap, MeshConfig(1, 4, 2), 8, steps=1)
     kernel = state.params["stages_1"]["stack"]["layers"]["block"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert kernel.addressable_shards[0].data.shape == (1, 32 // 4, 64 // 2)

@@ -89,7 +89,7 @@ def test_training_learns(tiny):
     found = train(experiment)
     first, last = (next(r for r in rs if "loss" in r) for rs in (records(tiny.run), records(tiny.run)[::-1]))
     assert last["loss/contrastive"] < 0.5 * first["loss/contrastive"]
-    assert last["loss/captioning"] < 0.6 * first["loss/captioning"]
+    assert last["loss/captioning"] < 0.7 * first["loss/captioning"]
     assert found["train/image_to_text_R@1"] > 0.2
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.modalities.masking import make_tokens, unmask
+from mmx.modalities.masking import hide, token_mask, unmask
 from mmx.types import Masked, Tokens
 
 
@@ -37,7 +37,8 @@ class Ids(nn.Module):
         if ids.shape[1] > self.length:
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = self.token(ids) + self.position[: ids.shape[1]].astype(self.dtype)  # (B, L, D)
-        return make_tokens(values, mask)
+        mask = token_mask(mask, ids.shape)
+        return Tokens(hide(values, mask), mask)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Scores of every id with the embedding as the matrix (tied weights): `(B, L, D) -> (B, L, V)` float32."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.types import Masked, Tokens
+from mmx.types import Masked
 
 
 def unmask(raw: Any) -> tuple[Any, Any]:
@@ -14,17 +14,18 @@ def unmask(raw: Any) -> tuple[Any, Any]:
     return (raw.array, raw.mask) if isinstance(raw, Masked) else (raw, None)
 
 
-def make_tokens(values: jax.Array, mask: Any) -> Tokens:
-    """Builds Tokens `(B, L, D)` from a mask over examples `(B,)`, over tokens `(B, L)`, or None.
-
-    What is masked becomes zero here, so that even a NaN in an absent modality goes no further.
-    """
+def token_mask(mask: Any, shape: tuple[int, int]) -> jax.Array | None:
+    """A mask over examples `(B,)` or over tokens `(B, L)` as one over tokens; None stays None."""
     if mask is None:
-        return Tokens(values)
+        return None
     mask = jnp.asarray(mask, bool)
     if mask.ndim == 1:
         mask = mask[:, None]
-    if mask.shape[0] != values.shape[0] or mask.shape[1] not in (1, values.shape[1]):
-        raise InputError(f"mask has shape {mask.shape}; expected (B,) or (B, L) for tokens of shape {values.shape[:2]}")
-    mask = jnp.broadcast_to(mask, values.shape[:2])
-    return Tokens(jnp.where(mask[..., None], values, 0), mask)
+    if mask.shape[0] != shape[0] or mask.shape[1] not in (1, shape[1]):
+        raise InputError(f"mask has shape {mask.shape}; expected (B,) or (B, L) for tokens of shape {shape}")
+    return jnp.broadcast_to(mask, shape)
+
+
+def hide(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Zeros where the mask is False: `(B, L, ...)`. Even a NaN in an absent modality goes no further."""
+    return values if mask is None else jnp.where(mask[..., None], values, 0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.modalities.masking import make_tokens, unmask
+from mmx.modalities.masking import hide, token_mask, unmask
 from mmx.types import Tokens
 
 
@@ -49,9 +49,10 @@ class Patches(nn.Module):
         (rows, columns), (height, width) = self.grid, self.patch
         x = image.astype(self.dtype).reshape(-1, rows, height, columns, width, self.channels)
         x = x.swapaxes(2, 3).reshape(image.shape[0], rows * columns, -1)  # (B, L, pixels)
-        x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
+        mask = token_mask(mask, x.shape[:2])
+        x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
         position = self.param("position", nn.initializers.normal(0.02), (rows * columns, self.width))
-        return make_tokens(x + position.astype(self.dtype), mask)
+        return Tokens(hide(x + position.astype(self.dtype), mask), mask)
 
     def example(self, batch_size: int) -> jax.Array:
         """A batch of the right form, for building parameters and for tests."""

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mmx.errors import InputError
+from mmx.parallel.sharding import path_of
 from mmx.train.experiment import CheckpointConfig
 from mmx.train.state import TrainState, abstract_state
-
-ITEMS = ("state", "data", "meta")
 
 
 class CheckpointError(InputError):
@@ -48,7 +48,11 @@ class Checkpoints:
         self.config, self.folder, self._meta, self._saved_at = config, folder, meta, time.monotonic()
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            item_names=ITEMS,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 create=True,
                 preservation_policy=checkpoint_managers.preservation_policy.AnyPreservationPolicy(policies),
@@ -158,15 +162,11 @@ def open_checkpoints(folder: Path) -> Checkpoints:
 
 def _shape_differences(saved: Any, state: TrainState) -> list[str]:
     """What a saved state has and this one has not, and the other way round: `path: saved shape, expected shape`."""
-    import jax
-
-    from mmx.parallel.sharding import path_of
-
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
         return {path_of(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
-    old, new = shapes(saved), shapes(state)
+    old, new = shapes(saved), shapes(dataclasses.replace(state, key=jax.random.key_data(state.key)))
     lines = []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):

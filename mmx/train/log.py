@@ -20,7 +20,7 @@ class MetricsWriter:
     def __init__(self, folder: RunFolder, first_step: int, tensorboard: bool):
         self._path = folder.metrics
         kept = []
-        if self._path.exists():
+        if self._path.is_file():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
         temporary = self._path.with_suffix(".tmp")
         with self._guard():

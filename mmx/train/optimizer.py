@@ -18,7 +18,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
     """Muon moves matrices; what is no matrix (and embeddings) moves by Adam, at the same learning rate."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """The highest one."""
     schedule: Literal["cosine", "rsqrt", "constant"] = "cosine"
     """After the warmup: cosine to zero at the last step; 1 / sqrt(step), with a linear cooldown; or constant."""
