@@ -122,7 +122,7 @@ def test_an_unfinished_save_is_no_checkpoint(tiny, saved):
 
 def test_foreign(tiny, saved):
     wider = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, width=64))
-    with pytest.raises(CheckpointError, match=r"is of another model:\n.*saved \(32,\), this run has \(64,\)"):
+    with pytest.raises(CheckpointError, match=r"is of another model:\n  params/.*saved \(32, 32\), this run has \(64, 32\)"):
         restore(saved, new_state(wider))
     other = dataclasses.replace(tiny, topology="cross_attention")
     with pytest.raises(CheckpointError, match="this run has nothing"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -74,7 +75,9 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys, monkeypatch
                 for inner, name in [(item, "")] if not isinstance(item, dict) else [(v, f".{k}") for k, v in item.items()]:
                     visit(inner, f"{flag}{name}.")
                 continue
-            found = re.search(rf"--{re.escape(flag)}[ \n](.*?)(?=│ --|╰)", text, re.S)
+            if isinstance(item, Mapping):
+                flag = f"{flag}.{next(iter(item))}"
+            found = re.search(rf"--{re.escape(flag)}[ \n](.*?)(?=\n[ │]*--|\Z)", text, re.S)
             if not found:
                 missing.append(flag)
             elif "(default:" not in found[1]:

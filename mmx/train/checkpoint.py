@@ -103,7 +103,7 @@ class Checkpoints:
         try:
             saved = self._manager.item_metadata(step)["state"].tree
         except Exception as error:
-            raise CheckpointError(f"{where} cannot be read: {error}; {self._other(step)}") from error
+            raise CheckpointError(f"{where} cannot be read: {_first_line(error)}; {self._other(step)}") from error
         if lines := _shape_differences(saved, state):
             shown = "\n  ".join(lines[:20]) + (f"\n  and {len(lines) - 20} more" if len(lines) > 20 else "")
             raise CheckpointError(f"{where} is of another model:\n  {shown}")
@@ -111,7 +111,7 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state(state)), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=items)
         except Exception as error:
-            raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}; {self._other(step)}") from error
+            raise CheckpointError(f"{where} is damaged: {_first_line(error)}; {self._other(step)}") from error
         return restored["state"], restored["data"]["next_index"]
 
     def wait(self) -> None:
@@ -171,4 +171,9 @@ def _shape_differences(saved: Any, state: TrainState) -> list[str]:
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
             lines.append(f"{name}: saved {old.get(name, 'nothing')}, this run has {new.get(name, 'nothing')}")
-    return lines
+    of_params = [line for line in lines if line.startswith("params/")]  # the rest of the state repeats them
+    return of_params or lines
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

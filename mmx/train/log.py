@@ -27,7 +27,7 @@ class MetricsWriter:
             temporary.write_text("".join(f"{line}\n" for line in kept) if first_step else "")
             if not self._path.is_symlink():
                 temporary.replace(self._path)
-            self._file = self._path.open("a", buffering=1)
+            self._file = self._path.open("ab", buffering=0)  # a line is written when it is made, or not at all
         self._events: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -44,7 +44,7 @@ class MetricsWriter:
         record = {"step": step} | {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
         with self._guard():
-            self._file.write(json.dumps(finite) + "\n")
+            self._file.write(f"{json.dumps(finite)}\n".encode())
             if self._events is not None:
                 for name, value in values.items():
                     self._events.add_scalar(name, value, step)
