@@ -107,7 +107,7 @@ class PerStream(Stage):
             if owner not in stacks:
                 stacks[owner] = Stack(depth, _given(block, self), self.sublayers, name=owner)
             visible = visibility([tokens.values.shape[1]], [tokens.causal or name in self.causal])
-            x = _fit(tokens.values, _given(block, self).width, f"{name}_project")
+            x = _fit(tokens, stacks[owner].config.width, name).values
             new[name] = dataclasses.replace(tokens, values=stacks[owner](x, tokens.mask, visible))
         return new
 
@@ -129,9 +129,7 @@ class Joint(Stage):
         if self.depth == 0:
             return streams
         block = _given(self.block, self)
-        streams = {
-            name: dataclasses.replace(t, values=_fit(t.values, block.width, f"{name}_project")) for name, t in streams.items()
-        }
+        streams = {name: _fit(tokens, block.width, name) for name, tokens in streams.items()}
         joint = concatenate(streams)
         visible = visibility([t.values.shape[1] for t in streams.values()], [t.causal for t in streams.values()])
         values = Stack(self.depth, block, self.sublayers, name="stack")(joint.values, joint.mask, visible)
@@ -165,9 +163,7 @@ class Cross(Stage):
         if self.depth == 0:
             return streams
         block = _given(self.block, self)
-        streams = {
-            name: dataclasses.replace(t, values=_fit(t.values, block.width, f"{name}_project")) for name, t in streams.items()
-        }
+        streams = {name: _fit(tokens, block.width, name) for name, tokens in streams.items()}
         carry = {name: t.values for name, t in streams.items()}
         shared = {name: dataclasses.replace(t, values=None) for name, t in streams.items()}
         sources = {name: self._sources(name, streams) for name in streams}
@@ -247,9 +243,12 @@ def _given(block: BlockConfig | None, stage: Stage) -> BlockConfig:
     return block
 
 
-def _fit(values: jax.Array, width: int, name: str) -> jax.Array:
-    """Projects tokens to `width` where they have another one."""
-    return values if values.shape[-1] == width else nn.Dense(width, dtype=values.dtype, name=name)(values)
+def _fit(tokens: Tokens, width: int, name: str) -> Tokens:
+    """Projects the tokens of stream `name` to `width` where they have another one."""
+    if tokens.values.shape[-1] == width:
+        return tokens
+    project = nn.Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
+    return dataclasses.replace(tokens, values=project(tokens.values))
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:

@@ -162,6 +162,7 @@ def open_checkpoints(folder: Path) -> Checkpoints:
 
 def _shape_differences(saved: Any, state: TrainState) -> list[str]:
     """What a saved state has and this one has not, and the other way round: `path: saved shape, expected shape`."""
+
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
         return {path_of(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}

@@ -50,6 +50,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def main(folder: Path) -> None:
+    """Makes both files from the folder of the two packages."""
     names = read_names(next(folder.glob("emojibase-data*")) / "package")
     files = sorted(next(folder.glob("emoji-datasource-google*")).glob("package/img/google/64/*.png"))
     files = [file for file in files if normal(file.stem) in names]
