@@ -8,7 +8,6 @@ where they are. Nothing here fits a laptop; `tests/test_cli.py` builds it as sha
 
 import mmx
 from mmx.data import DataConfig
-from mmx.layers import BlockConfig
 from mmx.modalities import Ids, Patches
 from mmx.objectives import Captioning, Contrastive, Matching
 from mmx.topologies import Joint, PerStream
@@ -17,12 +16,12 @@ from mmx.train import CheckpointConfig, ModelConfig, OptimizerConfig
 
 def config() -> mmx.Experiment:
     """Twelve layers for each modality, six over both; width 768, bfloat16, everything computed again in the backward pass."""
-    block = {"width": 768, "heads": 12, "mlp": 3072, "dtype": "bfloat16", "remat": "full", "unroll": 1}
+    size = {"width": 768, "heads": 12, "mlp": 3072, "dtype": "bfloat16", "remat": "full", "unroll": 1}
     return mmx.Experiment(
-        stages=(PerStream(12, BlockConfig(**block)), Joint(6, BlockConfig(**block))),
+        stages=(PerStream(12), Joint(6)),
         steps=100_000,
         batch_size=4096,
-        model=ModelConfig(embed=512, **block),
+        model=ModelConfig(embed=512, **size),
         modalities={"image": Patches((224, 224), (16, 16)), "text": Ids(32_768, 77)},
         objectives={"contrastive": Contrastive(), "matching": Matching(), "captioning": Captioning()},
         data=DataConfig(fields={"image": "image", "text": "caption"}, shift=0, keep=False, threads=16),

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from mmx.errors import InputError
+
 
 def cache_folder(*parts: str) -> Path:
     """Returns (and makes) a folder below `$MMX_CACHE`, or below `$XDG_CACHE_HOME/mmx`, or `~/.cache/mmx`."""
@@ -11,5 +13,5 @@ def cache_folder(*parts: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make the cache folder {folder}: {error}; set MMX_CACHE to a folder you can write") from error
+        raise InputError(f"cannot make the cache folder {folder}: {error}; set MMX_CACHE to a folder you can write") from error
     return folder

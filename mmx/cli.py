@@ -1,7 +1,6 @@
 """The `mmx` command. Its flags and its help are made from the dataclasses of the configuration."""
 
 import dataclasses
-import importlib.util
 import os
 import sys
 import time
@@ -92,41 +91,22 @@ def parse_experiment(arguments: Sequence[str]) -> Any:
     """Flags, after an optional configuration file, to an Experiment. A wrong flag prints what is near and exits with 2."""
     import tyro
 
-    from mmx.train.experiment import Experiment
+    from mmx.errors import InputError
+    from mmx.train.experiment import Experiment, load_config
 
     arguments = list(arguments)
     default = load_config(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else Experiment()
     with _linen_rule():
-        return tyro.cli(Experiment, args=arguments, default=default, prog="train.py", config=(tyro.conf.FlagConversionOff,))
-
-
-def load_config(path: Path) -> Any:
-    """The Experiment that `config()` of a Python file returns.
-
-    Raises:
-        InputError: no such file, or no such function in it.
-    """
-    from mmx.errors import InputError
-    from mmx.train.experiment import Experiment
-
-    if not path.is_file():
-        known = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py"))) or "none in configs/"
-        raise InputError(f"no configuration file {path}; there are: {known}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    experiment = module.config() if hasattr(module, "config") else None
-    if not isinstance(experiment, Experiment):
-        raise InputError(f"{path} has no function config() that returns an mmx.Experiment")
-    return experiment
+        parsed = tyro.cli(Experiment, args=arguments, default=default, prog="train.py", config=(tyro.conf.FlagConversionOff,))
+    if default.stages and parsed.topology != default.topology:
+        raise InputError(f"--topology {parsed.topology}: the configuration has stages of its own, which would replace it")
+    return parsed
 
 
 def _linen_rule() -> Any:
     """Teaches tyro to make flags from a Linen module: all of its fields but Linen's own two."""
     import docstring_parser
     import flax.linen as nn
-    import tyro
     from tyro import constructors
 
     registry = constructors.ConstructorRegistry()
@@ -137,19 +117,14 @@ def _linen_rule() -> Any:
             return None
         help_ = {p.arg_name: p.description for p in docstring_parser.parse(info.type.__doc__ or "").params}
         fields = [
-            constructors.StructFieldSpec(f.name, _flag_type(f), getattr(info.default, f.name), help_.get(f.name))  # type: ignore[arg-type]
+            constructors.StructFieldSpec(f.name, f.type, getattr(info.default, f.name), help_.get(f.name))  # type: ignore[arg-type]
             for f in dataclasses.fields(info.type)  # type: ignore[arg-type]
-            if f.name not in ("parent", "name")
+            if f.name not in ("parent", "name", "dtype")  # the model decides the type for all
             and isinstance(getattr(info.default, f.name), (int, float, str, tuple, type(None)))
         ]
-        return constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+        return constructors.StructConstructorSpec(lambda **given: info.default.clone(**given), tuple(fields))
 
-    del tyro
     return registry
-
-
-def _flag_type(field: dataclasses.Field[Any]) -> Any:
-    return str if field.type is Any else field.type
 
 
 if __name__ == "__main__":

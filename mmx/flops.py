@@ -63,13 +63,16 @@ def _sub_jaxprs(value: Any) -> list[Any]:
     return [value] if hasattr(value, "eqns") else []
 
 
-def peak_flops() -> tuple[float, str]:
-    """Returns the FLOP/s all devices could reach together, and where the number comes from."""
-    devices = jax.devices()
-    kind = devices[0].device_kind
-    if kind in DATASHEET:
-        return DATASHEET[kind] * len(devices), f"{kind} datasheet, bfloat16"
-    return _measured_peak(), f"measured, float32 matrix product of size {_SIZE}"
+def peak_flops(devices: int) -> tuple[float, str]:
+    """Returns the FLOP/s that many devices could reach together, and where the number comes from.
+
+    Where the device is in no datasheet it is measured; emulated CPU devices share the cores that are measured.
+    """
+    device = jax.devices()[0]
+    if device.device_kind in DATASHEET:
+        return DATASHEET[device.device_kind] * devices, f"{device.device_kind} datasheet, bfloat16"
+    together = 1 if device.platform == "cpu" else devices
+    return _measured_peak() * together, f"measured, float32 matrix product of size {_SIZE}"
 
 
 _SIZE = 1024

@@ -69,6 +69,6 @@ class TiedDecoder(nn.Module):
         if name is None:
             return None
         x = streams[name].values[:, : ids.length]  # a fused stream may be longer than the text in it
-        x = nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x)
+        x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
         bias = self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,))
         return ids.decode(x) + bias

@@ -12,7 +12,7 @@ from mmx.errors import InputError, unknown
 from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
 from mmx.topologies import Stage, make_topology
-from mmx.topologies.stages import fill_block
+from mmx.topologies.stages import FUSED, fill_block
 from mmx.types import Batch, Outputs, Streams
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
@@ -111,6 +111,12 @@ def build_model(
     config = BlockConfig(width=width, heads=heads, dtype=dtype, **block)
     stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
     stages = tuple(fill_block(stage, config) for stage in stages)
+    for stage in stages:
+        for field in ("depth", "block", "weights", "edges"):
+            named = getattr(stage, field, None)
+            for name in named if isinstance(named, Mapping) else ():
+                if name not in (*modalities, FUSED):
+                    raise InputError(f"{type(stage).__name__}.{field}: " + unknown("stream", name, (*modalities, FUSED)))
     return MultimodalTransformer(
         modalities={name: _fill(m, width=width, dtype=dtype) for name, m in modalities.items()},
         stages=stages,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.topologies import TOPOLOGIES
+from mmx.train import Experiment, run
+from mmx.train.experiment import differences, load_config, to_json
+from mmx.train.log import step_of
 
 COLUMNS = {
     "image to text R@1": "composition/image_to_text_R@1",
@@ -43,23 +47,21 @@ def run_study(study: Study) -> Path:
     Raises:
         InputError: an unknown topology.
     """
-    from mmx.cli import load_config
-    from mmx.train import Experiment, run
-
     for name in study.topologies:
         if name not in TOPOLOGIES:
             raise InputError(unknown("topology", name, TOPOLOGIES))
     base = load_config(Path(study.config)) if study.config else Experiment()
+    if base.stages:
+        raise InputError(f"{study.config} has stages of its own; a study compares the named topologies")
     base = dataclasses.replace(base, steps=study.steps or base.steps)
     results: dict[str, list[dict[str, float]]] = {}
     for name in study.topologies:
         for seed in study.seeds:
             folder = Path(study.folder) / f"{name}-{seed}"
-            found = _finished(folder / "metrics.jsonl", base.steps)
-            if found is None:
-                run(dataclasses.replace(base, topology=name, seed=seed, run=str(folder), resume="auto"))
-                found = _finished(folder / "metrics.jsonl", base.steps)
-            results.setdefault(name, []).append(found or {})
+            experiment = dataclasses.replace(base, topology=name, seed=seed, run=str(folder), resume="auto")
+            if not _is_finished(folder, experiment):
+                run(experiment)
+            results.setdefault(name, []).append(_last_records(folder / "metrics.jsonl", experiment.steps))
     path = Path(study.folder)
     (path / "study.json").write_text(json.dumps({"seeds": study.seeds, "steps": base.steps, "results": results}, indent=1))
     table = make_table(results)
@@ -85,15 +87,20 @@ def _cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}{spread}"
 
 
-def _finished(metrics: Path, steps: int) -> dict[str, float] | None:
-    """What a run that is done found at its last step, and the seconds its steps took; None if it is not done."""
-    if not metrics.exists():
-        return None
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    last: dict[str, float] = {}
-    for record in records:
-        if record["step"] == steps:
-            last |= record
+def _is_finished(folder: Path, experiment: Experiment) -> bool:
+    """Whether a run of this very configuration has been evaluated at its last step."""
+    if not (folder / "config.json").exists() or not (folder / "metrics.jsonl").exists():
+        return False
+    old = json.loads((folder / "config.json").read_text())
+    if differences(old, json.loads(json.dumps(to_json(experiment)))):
+        return False  # the run itself says what differs
+    last = _last_records(folder / "metrics.jsonl", experiment.steps)
+    return all(any(key.startswith(f"{name}/") for key in last) for name in experiment.evaluators)
+
+
+def _last_records(metrics: Path, steps: int) -> dict[str, float]:
+    """What a run recorded at its last step, and the seconds its steps took."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines() if step_of(line) < math.inf]
+    last = {name: value for record in records if record["step"] == steps for name, value in record.items()}
     timed = [record["time/step_ms"] for record in records if "time/step_ms" in record]
-    evaluated = any("/" in name and not name.startswith(("time/", "loss/")) and name.endswith(("R@1", "exact")) for name in last)
-    return last | {"training_seconds": float(np.mean(timed)) * steps / 1e3} if evaluated else None
+    return last | {"training_seconds": float(np.mean(timed)) * steps / 1e3 if timed else math.nan}

@@ -10,9 +10,10 @@ import pytest
 
 import mmx
 from mmx import cli
-from mmx.cli import load_config, parse_experiment
+from mmx.cli import parse_experiment
 from mmx.errors import InputError
 from mmx.train import Experiment
+from mmx.train.experiment import load_config, to_json
 
 ROOT = Path(mmx.__file__).parent.parent
 
@@ -68,7 +69,7 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys, monkeypatch
 
     def visit(value, path):
         for field in dataclasses.fields(value):
-            if (field.name in ("parent", "name") and isinstance(value, nn.Module)) or field.name == "stages":
+            if (field.name in ("parent", "name", "dtype") and isinstance(value, nn.Module)) or field.name == "stages":
                 continue
             item, flag = getattr(value, field.name), f"{path}{field.name.replace('_', '-')}"
             if dataclasses.is_dataclass(item) or (isinstance(item, dict) and all(map(dataclasses.is_dataclass, item.values()))):
@@ -92,6 +93,7 @@ def test_every_configuration_builds(path):
     import jax
 
     experiment = load_config(path)
+    assert to_json(parse_experiment([str(path), "--seed", "1"])) == to_json(dataclasses.replace(experiment, seed=1))
     model = experiment.build_model()
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))
     assert mmx.count_parameters(shapes) > 0
@@ -117,6 +119,8 @@ def test_an_own_topology_from_a_configuration_file(tmp_path):
         "def config():\n    return mmx.Experiment(stages=cross_attention(1) + early_concatenation(1))\n"
     )
     assert len(parse_experiment([str(path), "--seed", "1"]).build_model().stages) == 2
+    with pytest.raises(InputError, match="stages of its own"):
+        parse_experiment([str(path), "--topology", "cross_attention"])
 
 
 def test_the_command(capsys):
@@ -131,12 +135,15 @@ def test_study_table(tmp_path, monkeypatch, capsys, tiny):
 
     config = tmp_path / "tiny.py"
     config.write_text("from pathlib import Path\n\n\ndef config():\n    raise SystemExit\n")
-    monkeypatch.setattr("mmx.cli.load_config", lambda _: dataclasses.replace(tiny, mesh=dataclasses.replace(tiny.mesh, data=8)))
+    monkeypatch.setattr("mmx.study.load_config", lambda _: dataclasses.replace(tiny, mesh=dataclasses.replace(tiny.mesh, data=8)))
     todo = study.Study(("early_concatenation",), (0, 1), str(config), 4, str(tmp_path / "study"))
     table = study.run_study(todo).read_text()
     assert "| `early_concatenation` |" in table and "±" in table and len(table.splitlines()) == 3
     calls = []
-    monkeypatch.setattr("mmx.train.run", lambda e: calls.append(e))
+    monkeypatch.setattr("mmx.study.run", lambda e: calls.append(e))
     assert study.run_study(todo).read_text() == table and not calls
     with pytest.raises(InputError, match="did you mean 'multi_to_one'"):
         study.run_study(dataclasses.replace(todo, topologies=("multi_to_on",)))
+    monkeypatch.setattr("mmx.study.load_config", lambda _: load_config(ROOT / "configs/emoji_clip.py"))
+    with pytest.raises(InputError, match="stages of its own"):
+        study.run_study(todo)

@@ -77,7 +77,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_hosts(monkeypatch):
             monkeypatch.setattr(jax, "process_count", lambda n=processes: n)
             monkeypatch.setattr(jax, "process_index", lambda p=process: p)
             parts += first(Pipeline(DataConfig(), MODALITIES, 16), 1, start=3)
-        images = np.stack([p["image"] for p in parts], 1).reshape(whole["image"].shape)
+        images = np.concatenate([p["image"] for p in parts])
         np.testing.assert_array_equal(images, whole["image"])
 
 
@@ -178,6 +178,7 @@ def test_a_wrong_example_is_named(change, message):
     [
         (DataConfig(name="emojis"), 8, "did you mean 'emoji'"),
         (DataConfig(split="trian"), 8, "did you mean 'train'"),
+        (DataConfig(split="train[:5"), 8, "the slice cannot be understood"),
         (DataConfig(split="train[:5]"), 8, "has 5 examples, fewer than a batch of 8"),
         (DataConfig(fields={"image": "picture"}), 8, "unknown field of data set emoji.* 'picture'"),
         (DataConfig(fields={"imag": "image"}), 8, "did you mean 'image'"),

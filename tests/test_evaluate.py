@@ -31,6 +31,8 @@ def test_perfect_collapsed_and_random_embeddings(rng):
     assert retrieval_metrics(np.eye(20), "x")["x_R@1"] == 1
     collapsed = retrieval_metrics(np.ones((20, 20)), "x")
     assert collapsed["x_R@1"] == 0 and collapsed["x_mean_rank"] == 10.5
+    broken = retrieval_metrics(np.full((20, 20), np.nan), "x")
+    assert broken["x_R@1"] == 0 and broken["x_mean_rank"] == 20
     random = [retrieval_metrics(rng.standard_normal((40, 40)), "x") for _ in range(200)]
     for name, value in chance_metrics(40).items():
         if name != "median_rank":

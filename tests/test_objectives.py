@@ -102,6 +102,21 @@ def test_an_example_without_text_takes_no_part(tiny, batch):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+def test_matching_leaves_out_examples_that_lack_a_side(tiny, batch):
+    model, params = setup(tiny)
+    present = np.arange(8) < 5
+    text = mmx.Masked(batch["text"].array, batch["text"].mask & present[:, None])
+    objective = Matching()
+    corrupted = objective.corrupt(dict(batch, text=text), jax.random.key(3))
+    (outputs,) = run_views(model, params, corrupted, objective.views(), None).values()
+    values = objective.select([outputs], corrupted)
+    there = np.asarray(corrupted["matching/swapped"].mask).any(-1)
+    np.testing.assert_array_equal(values["there"], there)
+    assert 0 < there.sum() < 8
+    expected = mmx.losses.cross_entropy(values["logits"], values["label"])[there].mean()
+    np.testing.assert_allclose(objective.loss(values)[0], expected, rtol=1e-6)
+
+
 def test_three_modalities_are_compared_in_pairs(rng):
     x = {name: rng.standard_normal((4, 8)).astype("f") for name in "abc"}
     objective = Contrastive(modalities=("a", "b", "c"))

@@ -72,6 +72,18 @@ def test_state_is_split_and_moments_lie_like_their_parameters(tiny):
     assert mu.sharding == ema.sharding == kernel.sharding
 
 
+def test_the_state_is_donated(tiny, batch):
+    """The new state takes the memory of the old one: aliased bytes are those of the state."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    task = Task(tiny.build_model(), {"contrastive": Contrastive()})
+    optimizer, schedule = make_optimizer(tiny.optimizer, 6), make_schedule(tiny.optimizer, 6)
+    state, layout = make_state(task.model, optimizer, True, 0, mesh)
+    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule, ema=0.9)
+    compiled = compile_step(step, mesh, layout).lower(state, put_batch(batch, batch_sharding(mesh))).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
 def test_activations_are_constrained(tiny):
     """On a mesh the lowered program says how activations lie; without one the model is a plain function."""
     task = Task(tiny.build_model(), tiny.active_objectives)

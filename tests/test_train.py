@@ -69,7 +69,7 @@ def test_a_run_writes_what_it_says(tiny, capsys):
     assert {"time/examples_per_second", "time/share_of_peak", "time/waiting_for_data", "time/memory_gib"} <= trained[0].keys()
     assert [r["step"] for r in records(folder) if "composition/image_to_text_R@1" in r] == [3, 6]
     assert json.loads((folder / "config.json").read_text())["model"]["width"] == 32
-    assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "composition_contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "tokenizer.json").exists() and list((folder / "tensorboard").glob("events*"))
     assert (folder / "checkpoints/6").is_dir()
     for part in ("step 6/6 100% eta 0:00", "examples/s", "tokens/s", "TFLOP/s", "of peak", "waiting for data", "GiB", "grad norm",
@@ -92,6 +92,15 @@ def test_training_learns(tiny):
     assert last["loss/contrastive"] < 0.5 * first["loss/contrastive"]
     assert last["loss/captioning"] < 0.7 * first["loss/captioning"]
     assert found["train/image_to_text_R@1"] > 0.2
+
+
+def test_options_work_together(tiny):
+    """bfloat16, dropout, everything computed again, accumulation, Muon: finite, and another curve than without."""
+    model = dataclasses.replace(tiny.model, dtype="bfloat16", dropout=0.1, drop_path=0.1, remat="full", unroll=1)
+    train(dataclasses.replace(tiny, model=model, microbatches=2, optimizer=dataclasses.replace(tiny.optimizer, name="muon")))
+    losses = [r["loss"] for r in records(tiny.run) if "loss" in r]
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    assert len(set(losses)) == 6 and records(tiny.run)[-1]["step"] == 6
 
 
 def test_resuming_equals_never_stopping(tiny, tmp_path):
@@ -134,6 +143,44 @@ def test_a_finished_run_only_evaluates_again(tiny):
     assert kept(tiny.run)[: len(before)] == before
 
 
+def test_a_failed_start_leaves_the_folder_free(tiny):
+    wrong = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, split="trian"))
+    with pytest.raises(InputError, match="did you mean 'train'"):
+        train(wrong)
+    assert not (Path(tiny.run) / "config.json").exists()
+
+
+def test_evaluators_are_checked_before_training(tiny):
+    for evaluator, message in [
+        (evaluate.Retrieval(split="compositoin"), "evaluators.composition: .*did you mean 'composition'"),
+        (evaluate.Captions(given=("imag",)), "evaluators.composition: .*did you mean 'image'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            train(dataclasses.replace(tiny, evaluators={"composition": evaluator}))
+    assert not (Path(tiny.run) / "metrics.jsonl").exists()
+
+
+def test_a_failing_evaluation_loses_nothing(tiny, monkeypatch):
+    def fail(self, _):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(evaluate.Retrieval, "__call__", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        train(dataclasses.replace(tiny, checkpoint=CheckpointConfig(every_minutes=0)))
+    assert (Path(tiny.run) / "checkpoints/6").is_dir()
+
+
+def test_a_new_run_keeps_the_words_of_the_state_it_starts_from(tiny, tmp_path):
+    train(tiny)
+    other_texts = dataclasses.replace(tiny.data, split="train[1000:1064]")
+    new = dataclasses.replace(tiny, steps=8, resume=tiny.run, run=str(tmp_path / "new"), data=other_texts)
+    train(new)
+    old, kept_ = ((Path(folder) / "tokenizer.json").read_text() for folder in (tiny.run, new.run))
+    assert old == kept_
+    with pytest.raises(InputError, match="its state is at step 6; set --steps to more than that"):
+        train(dataclasses.replace(new, steps=6, run=str(tmp_path / "none")))
+
+
 def test_another_mesh_may_go_on(tiny):
     train(dataclasses.replace(tiny, steps=6))
     import shutil
@@ -172,9 +219,11 @@ def test_must_wants_a_checkpoint(tiny):
 
 
 def test_differences_name_nested_fields(tiny):
-    other = dataclasses.replace(tiny, mesh=MeshConfig(data=8), modalities={"text": mmx.modalities.Ids(300, 12)})
+    other = dataclasses.replace(
+        tiny, mesh=MeshConfig(data=8), modalities=tiny.modalities | {"audio": mmx.modalities.Ids(300, 12)}
+    )
     lines = differences(to_json(tiny), to_json(other))
-    assert len(lines) == 1 and lines[0].startswith("modalities.image: {") and lines[0].endswith("-> null")
+    assert len(lines) == 1 and lines[0].startswith("modalities.audio: null -> {")
 
 
 def test_a_step_with_nan_is_skipped_counted_and_shown(tiny, monkeypatch, capsys):
@@ -238,15 +287,20 @@ def test_a_full_disk_is_named(tiny):
         train(tiny)
 
 
-def test_a_full_disk_under_the_checkpoints_is_named(tiny, monkeypatch):
-    from mmx.train.checkpoint import ocp
+def test_a_checkpoint_that_cannot_be_written_is_named(tiny):
+    """No file may grow beyond 64 KiB: the parameters do not fit, as on a full disk."""
+    import resource
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    with pytest.raises(InputError, match=r"cannot save step 2 in .*checkpoints: .*No space left on device"):
-        train(tiny)
+    wide = dataclasses.replace(
+        tiny, model=dataclasses.replace(tiny.model, width=64), checkpoint=CheckpointConfig(every_minutes=0)
+    )
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, old[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot save step .* in .*checkpoints: .*; make room or correct the rights"):
+            train(wide)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_a_corrupt_example_stops_the_run(tiny, monkeypatch):
@@ -272,6 +326,9 @@ def test_wrong_experiments_are_refused(tiny):
         ({"steps": 0}, "steps=0; it has to be at least 1"),
         ({"objectives": {"contrastive": mmx.objectives.Contrastive(weight=0)}}, "nothing to train"),
         ({"steps": 2}, "do not fit into steps=2"),
+        ({"seed": -1}, "seed=-1; it has to be at least 0"),
+        ({"objectives": {"contrastive": mmx.objectives.Contrastive(modalities=("image", "txt"))}}, "did you mean 'text'"),
+        ({"checkpoint": CheckpointConfig(best="compsition/R@1")}, "did you mean 'composition'"),
     ]:
         with pytest.raises(InputError, match=message):
             dataclasses.replace(tiny, **change)
@@ -370,6 +427,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     code, _, err = finish(process)
     assert code == 128 + number
     step = int(err.split("saved step ")[1].split(";")[0])
+    assert [r["step"] for r in records(folder) if "loss" in r] == list(range(1, step + 1))
     assert (folder / f"checkpoints/{step}").is_dir()
     command = shlex.split(err.strip().splitlines()[-1])
     assert command[:2] == ["python", "train.py"] and command[-2:] == ["--run", str(folder)]
@@ -389,3 +447,21 @@ def test_errors_are_one_line_without_a_trace(tmp_path):
     assert "Traceback" not in err
     code, _, err = finish(start(tmp_path / "run", "--mesh.data", "3"))
     assert code == 2 and err.startswith("error: mesh: data x fsdp x tensor = 3x1x1 does not use exactly the 1 device(s) found.")
+
+
+def test_wrong_settings_are_refused():
+    from mmx.train import ModelConfig, OptimizerConfig
+
+    for make, message in [
+        (lambda: LogConfig(every=0), "every=0; it has to be at least 1"),
+        (lambda: CheckpointConfig(keep=0), "keep=0"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "learning_rate=nan"),
+        (lambda: OptimizerConfig(ema=1.0), "ema=1.0; it has to be less than 1"),
+        (lambda: ModelConfig(heads=0), "heads=0"),
+        (lambda: ModelConfig(dropout=1.5), "rates are less than 1"),
+        (lambda: ModelConfig(dtype="float23"), "unknown dtype 'float23'"),
+        (lambda: mmx.data.DataConfig(shift=-1), "shift=-1"),
+        (lambda: evaluate.Captions(show=0), "show=0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            make()

@@ -1,7 +1,8 @@
 """From a source to batches on the devices.
 
-The order is fixed: shuffle, repeat and random transforms come before the slice per process, so batch number i holds the
-same examples, augmented in the same way, on any number of hosts. The position in the data is the step number.
+The order is fixed: shuffle, repeat and random transforms come before the slice per process, and a process takes whole
+runs of rows, so batch number i holds the same examples in the same order on any number of hosts. The position in the
+data is the step number.
 """
 
 import collections
@@ -11,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -23,9 +25,11 @@ from mmx.cache import cache_folder
 from mmx.data.image import check_image, random_shift
 from mmx.data.sources import DataError, Source, open_source
 from mmx.data.text import Tokenizer, cached_tokenizer
-from mmx.errors import InputError, unknown
+from mmx.errors import InputError, at_least, unknown
 from mmx.modalities import Ids, Patches
 from mmx.types import Batch, Masked
+
+CORPUS = 100_000  # examples from which a tokenizer is learned, evenly spread over a larger split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,11 @@ class DataConfig:
     """Threads that read and decode."""
     buffer: int = 8
     """Batches that are prepared ahead on the host."""
+    tokenizer: str = ""
+    """A tokenizer.json. Empty: one is learned from the texts of the split, and kept with the run."""
+
+    def __post_init__(self) -> None:
+        at_least(self, shift=0, threads=1, buffer=1)
 
 
 class Examples:
@@ -129,6 +138,8 @@ class Pipeline:
                 f"{source.label} has {len(source)} examples, fewer than a batch of {batch_size}; "
                 f"choose a smaller --batch-size or a larger split"
             )
+        if tokenizer is None and config.tokenizer:
+            tokenizer = Tokenizer.load(Path(config.tokenizer))
         self.tokenizer = tokenizer or self._learn_tokenizer(source)
         self._check_vocab()
         self.examples = functools.cache(self._examples)
@@ -140,7 +151,7 @@ class Pipeline:
         data = grain.MapDataset.source(self.examples(self.config.split)).seed(self.seed).shuffle().repeat()
         if self.config.shift:
             data = data.random_map(self._augment)
-        data = data[process::processes].batch(local, drop_remainder=True, batch_fn=stack)
+        data = data.batch(local, drop_remainder=True, batch_fn=stack)[process::processes]
         options = grain.ReadOptions(num_threads=self.config.threads, prefetch_buffer_size=self.config.buffer)
         iterator = iter(data.to_iter_dataset(options))
         iterator.set_state({"next_index": first_step})
@@ -181,7 +192,8 @@ class Pipeline:
         fields = self._text_fields(source)
         if not fields:
             return None
-        corpus = [example[field] for example in (source[i] for i in range(len(source))) for field in fields]
+        rows = np.linspace(0, len(source) - 1, min(len(source), CORPUS)).astype(int)
+        corpus = [example[field] for example in (source[i] for i in rows) for field in fields]
         return cached_tokenizer(corpus, min(m.vocab for m in fields.values()), cache_folder("tokenizers"))
 
     def _check_vocab(self) -> None:

@@ -81,6 +81,11 @@ def open_source(name: str, split: str) -> Source:
         data: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
         length = len(data)
     except Exception as error:
+        if "[" in split:
+            open_source(name, base)  # its files are as they should be
+            raise DataError(
+                f"{label}: the slice cannot be understood: {error}; write it like train[:80%] or train[100:200]"
+            ) from error
         raise source.broken(f"cannot be opened: {type(error).__name__}: {error}") from error
     if length == 0:
         raise DataError(f"{label} is empty")
@@ -88,7 +93,7 @@ def open_source(name: str, split: str) -> Source:
 
 
 def _check_files(builder: Any, source: Source) -> None:
-    """Every file the data set says it has is there, and together they have the size it says."""
+    """Every file the data set says it has is there, and none was cut off at its beginning; reading finds the rest."""
     for split in builder.info.splits.values():
         paths = [Path(path) for path in split.filepaths]
         if missing := [path.name for path in paths if not path.exists()]:

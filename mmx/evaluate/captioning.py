@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
+from mmx.data import Pipeline
+from mmx.errors import at_least
 from mmx.evaluate.report import Evaluation, Report
-from mmx.evaluate.retrieval import put_local, to_host
+from mmx.evaluate.retrieval import check_names, put_local, to_host
 from mmx.generate import greedy
 from mmx.modalities import Ids
 
@@ -27,6 +29,14 @@ class Captions:
     """The modality of ids that is generated."""
     given: tuple[str, ...] = ("image",)
     """What it describes."""
+
+    def __post_init__(self) -> None:
+        at_least(self, every=0, count=1, show=1)
+
+    def check(self, data: Pipeline) -> None:
+        """Raises an InputError for a split or a modality that does not exist."""
+        check_names((*self.given, self.text), data)
+        data.source(self.split)
 
     def __call__(self, evaluation: Evaluation) -> Report:
         model, tokenizer = evaluation.model, evaluation.data.tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, LABEL = 64, 10, 250
+CELL, GAP, LABEL, COLUMN = 64, 10, 250, 350
 RIGHT, WRONG, INK, PAPER, QUIET = (22, 130, 60), (190, 40, 40), (30, 30, 30), (255, 255, 255), (120, 120, 120)
 
 
@@ -23,7 +23,7 @@ def contact_sheet(images: Sequence[np.ndarray], texts: Sequence[str], similarity
     """
     queries = np.unique(np.linspace(0, len(texts) - 1, count).astype(int))
     height = (len(queries) + 1) * (CELL + GAP) * 2 + GAP
-    sheet = Image.new("RGB", (CELL + GAP * 3 + LABEL * 3, height), PAPER)
+    sheet = Image.new("RGB", (CELL + GAP * 4 + COLUMN * 2, height), PAPER)
     draw, font, bold = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(17)
 
     y = _title(draw, bold, GAP, "Image to text: the five nearest texts (green: the right one)")
@@ -31,10 +31,10 @@ def contact_sheet(images: Sequence[np.ndarray], texts: Sequence[str], similarity
         sheet.paste(_picture(images[query]), (GAP, y))
         for place, answer in enumerate(_top(similarity[query])):
             column, row = divmod(place, 3)
-            position = (CELL + 3 * GAP + column * (LABEL + CELL), y + row * 21)
+            position = (CELL + 3 * GAP + column * COLUMN, y + row * 21)
             score = similarity[query, answer]
             colour = RIGHT if answer == query else WRONG if place == 0 else QUIET
-            draw.text(position, f"{place + 1}. {_short(texts[answer], 44)}  {score:.2f}", colour, font)
+            draw.text(position, f"{place + 1}. {score:.2f}  {_short(texts[answer], 44)}", colour, font)
         y += CELL + GAP
     y = _title(draw, bold, y + GAP, "Text to image: the five nearest images (framed: the right one)")
     for query in map(int, queries):

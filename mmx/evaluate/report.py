@@ -44,6 +44,10 @@ class Evaluator(Protocol):
         """Steps between two evaluations during training; 0: only at the end."""
         ...
 
+    def check(self, data: Pipeline) -> None:
+        """Raises an InputError, before training, for what cannot be evaluated."""
+        ...
+
     def __call__(self, evaluation: Evaluation) -> Report: ...
 
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mmx.data import Pipeline
 from mmx.data.pipeline import put_batch
+from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate.contact_sheet import contact_sheet
 from mmx.evaluate.report import Evaluation, Report
 from mmx.model import MultimodalTransformer
@@ -29,6 +32,14 @@ class Retrieval:
     modalities: tuple[str, str] = ("image", "text")
     """Between which."""
 
+    def __post_init__(self) -> None:
+        at_least(self, every=0)
+
+    def check(self, data: Pipeline) -> None:
+        """Raises an InputError for a split or a modality that does not exist."""
+        check_names(self.modalities, data)
+        data.source(self.split)
+
     def __call__(self, evaluation: Evaluation) -> Report:
         a, b = self.modalities
         embeddings = embed_split(evaluation, self.split, self.modalities)
@@ -37,7 +48,7 @@ class Retrieval:
         if not evaluation.final:
             return Report(metrics)
         pictures = {}
-        if evaluation.data.tokenizer is not None and self.modalities == ("image", "text"):
+        if self._can_be_drawn(evaluation):
             pictures["contact_sheet.png"] = self._contact_sheet(evaluation, similarity)
         return Report(metrics, self._table(metrics, len(similarity)), pictures)
 
@@ -51,6 +62,12 @@ class Retrieval:
         lines.append(f"{'chance':<26}" + "".join(f"{chance[c]:>13.3f}" for c in columns))
         return "\n".join(lines)
 
+    def _can_be_drawn(self, evaluation: Evaluation) -> bool:
+        if evaluation.data.tokenizer is None or self.modalities != ("image", "text"):
+            return False
+        image = evaluation.data.examples(self.split)[0]["image"]
+        return image.dtype == np.uint8 and image.shape[-1:] == (3,)
+
     def _contact_sheet(self, evaluation: Evaluation, similarity: np.ndarray) -> np.ndarray:
         examples = evaluation.data.examples(self.split)
         tokenizer = evaluation.data.tokenizer
@@ -59,13 +76,23 @@ class Retrieval:
         return contact_sheet([row["image"] for row in rows], [tokenizer.decode(row["text"].array) for row in rows], similarity)
 
 
+def check_names(modalities: Iterable[str], data: Pipeline) -> None:
+    """Raises an InputError for a modality that the data does not have."""
+    for name in modalities:
+        if name not in data.config.fields:
+            raise InputError(unknown("modality", name, data.config.fields))
+
+
 def retrieval_metrics(similarity: np.ndarray, name: str) -> dict[str, float]:
     """R@1/5/10, mean and median rank of the diagonal in each row of `(N, N)`; ranks start at 1.
 
-    A tie counts as half a place, so embeddings that are all equal score as chance does, not as perfect.
+    A tie counts as half a place, so embeddings that are all equal score as chance does, not as perfect. What is not a
+    number is behind everything.
     """
     partner = np.diagonal(similarity)[:, None]
-    ranks = 1 + (similarity > partner).sum(1) + ((similarity == partner).sum(1) - 1) / 2
+    behind = (similarity < partner).sum(1)
+    ties = np.maximum((similarity == partner).sum(1) - 1, 0)
+    ranks = len(similarity) - behind - ties / 2
     metrics = {f"{name}_R@{k}": float((ranks <= k).mean()) for k in RECALLS}
     return metrics | {f"{name}_mean_rank": float(ranks.mean()), f"{name}_median_rank": float(np.median(ranks))}
 

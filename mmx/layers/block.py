@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import InputError, unknown
+from mmx.errors import InputError, at_least, unknown
 from mmx.layers.attention import Attention
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
 from mmx.parallel import constrain
 
+DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 
 
@@ -61,9 +62,13 @@ class BlockConfig:
     """Layers per iteration of the scan over layers. The layout of parameters does not depend on it."""
 
     def __post_init__(self) -> None:
-        for field, known in (("activation", ACTIVATIONS), ("norm_kind", NORMS), ("remat", REMAT), ("norm", ("pre", "post"))):
+        choices = {"activation": ACTIVATIONS, "norm_kind": NORMS, "remat": REMAT, "norm": ("pre", "post"), "dtype": DTYPES}
+        for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise InputError(unknown(field, getattr(self, field), known))
+        at_least(self, width=1, heads=1, unroll=1, dropout=0, drop_path=0)
+        if max(self.dropout, self.drop_path) >= 1:
+            raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
         if self.head_size is None and self.width % self.heads:
             raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
         if self.heads % (self.kv_heads or self.heads):

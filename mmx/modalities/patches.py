@@ -34,7 +34,7 @@ class Patches(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches per column and per row."""
-        if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
+        if min(self.patch) < 1 or self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
             raise InputError(f"patches: size={tuple(self.size)} is not a multiple of patch={tuple(self.patch)}")
         return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
 

@@ -1,6 +1,7 @@
 """Matching: does this belong to that? Survey 3.4, "matching"."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.heads import Classifier, stream_of
-from mmx.losses import clip_loss, cross_entropy
+from mmx.losses import clip_loss, cross_entropy, masked_mean
 from mmx.objectives.views import View, view
-from mmx.types import Batch, Metrics, Outputs
+from mmx.types import Batch, Masked, Metrics, Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Contrastive:
         return tuple(view(name) for name in self.modalities)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
+        scale = outputs[0].logit_scale
+        if scale is None:
+            raise InputError("contrastive: the model has no shared space; build it with embed > 0")
         embeddings, present = {}, {}
         for name, output in zip(self.modalities, outputs, strict=True):
             embeddings[name] = output.embeddings[name]
             present[name] = output.streams[stream_of(output.streams, name) or name].present
         rows = next(iter(present.values())).shape
-        scale = outputs[0].logit_scale
-        if scale is None:
-            raise InputError("contrastive: the model has no shared space; build it with embed > 0")
         return {"embeddings": embeddings, "present": present, "logit_scale": jnp.broadcast_to(scale, rows)}
 
     def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
@@ -58,7 +59,8 @@ class Contrastive:
 class Matching:
     """Is this text the text of this image? In half of the examples it is that of another one of the batch.
 
-    All modalities are read together, so this is what trains their interaction (ITM: ViLBERT, LXMERT, UNITER).
+    All modalities are read together, so this is what trains their interaction (ITM: ViLBERT, LXMERT, UNITER). An example
+    that lacks one of them takes no part.
     """
 
     weight: float = 1.0
@@ -90,12 +92,16 @@ class Matching:
         return (view(*self.modalities[:-1], **{self.modalities[-1]: "matching/swapped"}),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
-        return {"logits": outputs[0].logits["matching"], "label": batch["matching/label"]}
+        entries = [batch[name] for name in (*self.modalities[:-1], "matching/swapped")]
+        label = batch["matching/label"]
+        present = [raw.mask.reshape(label.shape[0], -1).any(-1) for raw in entries if isinstance(raw, Masked)]
+        there = functools.reduce(jnp.logical_and, present, jnp.ones(label.shape, bool))
+        return {"logits": outputs[0].logits["matching"], "label": label, "there": there}
 
     def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
-        logits, label = values["logits"], values["label"]
-        accuracy = (logits.argmax(-1) == label).astype(jnp.float32).mean()
-        return cross_entropy(logits, label).mean(), {"matching/accuracy": accuracy}
+        logits, label, there = values["logits"], values["label"], values["there"]
+        accuracy = masked_mean((logits.argmax(-1) == label).astype(jnp.float32), there)
+        return masked_mean(cross_entropy(logits, label), there), {"matching/accuracy": accuracy}
 
 
 def _rows_equal(a: jax.Array, b: jax.Array) -> jax.Array:

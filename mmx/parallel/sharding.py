@@ -16,18 +16,18 @@ from mmx.errors import InputError
 from mmx.parallel.mesh import spec
 
 TABLE = (
-    (r"(query|key|value)/kernel$", "embed -> heads head"),
-    (r"(query|key|value)/bias$", "-> heads head"),
-    (r"out/kernel$", "heads head -> embed"),
-    (r"up/kernel$", "embed -> mlp"),
-    (r"up/bias$", "-> mlp"),
-    (r"down/kernel$", "mlp -> embed"),
-    (r"patch/kernel$", "pixels -> embed"),
-    (r"token/embedding$", "vocab -> embed"),
+    (r"(^|/)(query|key|value)/kernel$", "embed -> heads head"),
+    (r"(^|/)(query|key|value)/bias$", "-> heads head"),
+    (r"(^|/)out/kernel$", "heads head -> embed"),
+    (r"(^|/)up/kernel$", "embed -> mlp"),
+    (r"(^|/)up/bias$", "-> mlp"),
+    (r"(^|/)down/kernel$", "mlp -> embed"),
+    (r"(^|/)patch/kernel$", "pixels -> embed"),
+    (r"(^|/)token/embedding$", "vocab -> embed"),
     (r"decoder_bias$", "-> vocab"),
-    (r"position$", "length -> embed"),
+    (r"(^|/)position$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
-    (r"classifier/kernel$", "embed -> head"),
+    (r"(^|/)classifier/kernel$", "embed -> head"),
     (r"(scale|bias|logit_scale|weight)[^/]*$", ""),  # small vectors and scalars: every device holds them
 )
 LARGE = 2**16  # elements; a leaf of this size or more must be named by the table

@@ -53,6 +53,9 @@ class Sum(Stage):
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
+        widths = {name: tokens.values.shape[-1] for name, tokens in streams.items()}
+        if len(set(widths.values())) > 1:
+            raise InputError(f"Sum: streams have different widths {widths}; give their embedders one width")
         length = max(tokens.values.shape[1] for tokens in streams.values())
         total, norm, mask = jnp.float32(0), jnp.float32(0), jnp.zeros((), bool)
         for name, tokens in streams.items():
@@ -99,11 +102,11 @@ class PerStream(Stage):
         new = {}
         for name, tokens in streams.items():
             depth = self.depth.get(name, 0) if isinstance(self.depth, Mapping) else self.depth
-            block = self.block[name] if isinstance(self.block, Mapping) else self.block
-            owner = "shared" if self.share else name
             if depth == 0:
                 new[name] = tokens
                 continue
+            block = self.block[name] if isinstance(self.block, Mapping) else self.block
+            owner = "shared" if self.share else name
             if owner not in stacks:
                 stacks[owner] = Stack(depth, _given(block, self), self.sublayers, name=owner)
             visible = visibility([tokens.values.shape[1]], [tokens.causal or name in self.causal])

@@ -128,9 +128,9 @@ class Checkpoints:
         """Says which file could not be written; what an earlier save met beside the training shows up here too."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             raise CheckpointError(
-                f"cannot save step {step} in {self.folder}: {error}; make room or correct the rights, then resume"
+                f"cannot save step {step} in {self.folder}: {_first_line(error)}; make room or correct the rights, then resume"
             ) from error
 
     def _other(self, step: int) -> str:
@@ -147,11 +147,11 @@ def find_checkpoint(path: Path) -> tuple[Path, int | None]:
         CheckpointError: there is none.
     """
     path = path.absolute()
-    if path.name.isdigit() and path.is_dir():
-        return path.parent, int(path.name)
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir()):
             return folder, None
+    if path.name.isdigit() and path.is_dir():
+        return path.parent, int(path.name)
     raise CheckpointError(f"{path} holds no checkpoint; name a run folder, or one of its checkpoints")
 
 

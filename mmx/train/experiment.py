@@ -1,7 +1,9 @@
 """The whole configuration of a run, as frozen dataclasses. The command line and its help are made from them."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +13,7 @@ import tyro
 
 from mmx import evaluate, objectives
 from mmx.data import DataConfig
-from mmx.errors import InputError, unknown
+from mmx.errors import InputError, at_least, unknown
 from mmx.layers import BlockConfig
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
@@ -33,7 +35,11 @@ class ModelConfig(BlockConfig):
     depth: int = 2
     """Layers on the way of a token; a topology of two parts gives the first part the larger half."""
     embed: int = 128
-    """Size of the space shared by all modalities, E."""
+    """Size of the space shared by all modalities, E; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, depth=1, embed=0)
 
     def build(
         self,
@@ -61,6 +67,9 @@ class CheckpointConfig:
     best_is: Literal["highest", "lowest"] = "highest"
     """Which value of that metric is best."""
 
+    def __post_init__(self) -> None:
+        at_least(self, every_steps=0, every_minutes=0, keep=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -70,6 +79,9 @@ class LogConfig:
     """Steps between two records of metrics.jsonl."""
     tensorboard: bool = True
     """Whether TensorBoard event files are written too."""
+
+    def __post_init__(self) -> None:
+        at_least(self, every=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +127,7 @@ class Experiment:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "microbatches"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}; it has to be at least 1")
+        at_least(self, steps=1, batch_size=1, microbatches=1, seed=0)
         if self.batch_size % self.microbatches:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatches={self.microbatches}")
         if not self.stages and self.topology not in TOPOLOGIES:
@@ -125,6 +135,16 @@ class Experiment:
         if not self.active_objectives:
             raise InputError("objectives: every weight is 0; there is nothing to train")
         make_schedule(self.optimizer, self.steps)
+        for name, objective in self.active_objectives.items():
+            for modality in dict.fromkeys(m for view in objective.views() for m, _ in view.reads):
+                if modality not in self.modalities:
+                    raise InputError(f"objectives.{name}: " + unknown("modality", modality, self.modalities))
+        best = self.checkpoint.best.split("/")[0]
+        if best and self.evaluators and best not in self.evaluators:
+            raise InputError(
+                f"checkpoint.best={self.checkpoint.best!r} begins with no evaluator's name (an empty one keeps no best "
+                f"checkpoint): {unknown('evaluator', best, self.evaluators)}"
+            )
 
     @property
     def active_objectives(self) -> dict[str, Any]:
@@ -165,6 +185,20 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-def write_config(experiment: Experiment, path: Path) -> None:
-    """Writes the complete configuration."""
-    path.write_text(json.dumps(to_json(experiment), indent=1) + "\n")
+def load_config(path: Path) -> Experiment:
+    """The Experiment that `config()` of a Python file returns.
+
+    Raises:
+        InputError: no such file, or no such function in it.
+    """
+    if not path.is_file() or path.suffix != ".py":
+        known = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py"))) or "none in configs/"
+        raise InputError(f"no configuration file {path}; there are: {known}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    experiment = module.config() if hasattr(module, "config") else None
+    if not isinstance(experiment, Experiment):
+        raise InputError(f"{path} has no function config() that returns an mmx.Experiment")
+    return experiment

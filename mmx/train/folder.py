@@ -5,9 +5,10 @@ import os
 import time
 from pathlib import Path
 
-from mmx.errors import InputError
+from mmx.data import Tokenizer
+from mmx.errors import InputError, writing
 from mmx.train.checkpoint import find_checkpoint
-from mmx.train.experiment import Experiment, differences, to_json, write_config
+from mmx.train.experiment import Experiment, differences, to_json
 
 
 class RunFolder:
@@ -34,6 +35,20 @@ class RunFolder:
         """Whether any step was saved whole."""
         return self.checkpoints.is_dir() and any(child.name.isdigit() for child in self.checkpoints.iterdir())
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether any step was recorded."""
+        return self.metrics.is_file() and self.metrics.stat().st_size > 0
+
+    def keep(self, experiment: Experiment, tokenizer: Tokenizer | None) -> None:
+        """Writes the configuration and the tokenizer, each whole or not at all."""
+        with writing(self.config):
+            temporary = self.config.with_suffix(".tmp")
+            temporary.write_text(json.dumps(to_json(experiment), indent=1) + "\n")
+            temporary.replace(self.config)
+            if tokenizer is not None and not self.tokenizer.exists():
+                tokenizer.save(self.tokenizer)
+
 
 def open_folder(experiment: Experiment) -> RunFolder:
     """Makes or finds the folder of a run, and refuses what would mix two runs in one.
@@ -56,9 +71,8 @@ def open_folder(experiment: Experiment) -> RunFolder:
         raise InputError(f"--resume never: {folder} holds checkpoints; choose another --run, or use --resume auto to go on")
     if experiment.resume not in ("auto", "must", "never"):
         find_checkpoint(Path(experiment.resume))
-    if folder.config.exists():
+    if folder.config.exists() and (folder.has_checkpoint or folder.has_metrics):
         _check_config(folder, experiment)
-    write_config(experiment, folder.config)
     return folder
 
 
@@ -72,5 +86,5 @@ def _check_config(folder: RunFolder, experiment: Experiment) -> None:
             f"the run in {folder} has another configuration:\n  "
             + "\n  ".join(lines)
             + f"\nGive the same configuration to go on, or choose another --run; "
-            f"--resume {folder} --run NEW starts a new run from its last state"
+            f"--resume {folder} --run NEW --steps MORE starts a new run from its last state"
         )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mmx.errors import InputError
+from mmx.errors import writing
 from mmx.train.folder import RunFolder
 
 
@@ -21,11 +21,11 @@ class MetricsWriter:
         self._path = folder.metrics
         kept = []
         if self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
+            kept = [line for line in self._path.read_text().splitlines() if step_of(line) <= first_step]
         temporary = self._path.with_suffix(".tmp")
-        with self._guard():
-            temporary.write_text("".join(f"{line}\n" for line in kept) if first_step else "")
+        with writing(self._path):
             if not self._path.is_symlink():
+                temporary.write_text("".join(f"{line}\n" for line in kept) if first_step else "")
                 temporary.replace(self._path)
             self._file = self._path.open("ab", buffering=0)  # a line is written when it is made, or not at all
         self._events: Any = None
@@ -43,7 +43,7 @@ class MetricsWriter:
         """
         record = {"step": step} | {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
-        with self._guard():
+        with writing(self._path):
             self._file.write(f"{json.dumps(finite)}\n".encode())
             if self._events is not None:
                 for name, value in values.items():
@@ -55,27 +55,8 @@ class MetricsWriter:
         if self._events is not None:
             self._events.close()
 
-    def _guard(self) -> "_WriteGuard":
-        return _WriteGuard(os.fspath(self._path))
 
-
-class _WriteGuard:
-    """Turns an OSError into an InputError that names the file."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise InputError(
-                f"cannot write {self._path}: {error.strerror}; make room or correct the rights, then resume"
-            ) from error
-
-
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
     """The step of a record; a line that was cut off by a crash comes after everything."""
     try:
         return json.loads(line)["step"]

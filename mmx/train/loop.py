@@ -6,6 +6,7 @@ after the next has been sent off, and checkpoints are written beside the trainin
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import os
 import shlex
@@ -24,7 +25,7 @@ from mmx import flops as flops_
 from mmx.cache import cache_folder
 from mmx.data import Pipeline, PrefetchToDevice, Tokenizer
 from mmx.data.pipeline import put_batch
-from mmx.errors import InputError
+from mmx.errors import InputError, naming, writing
 from mmx.evaluate.report import Evaluation, due
 from mmx.model import count_parameters
 from mmx.parallel import batch_sharding, make_mesh
@@ -67,49 +68,49 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
     mesh = make_mesh(experiment.mesh, devices)
     _check_batch(experiment, mesh)
     folder = open_folder(experiment)
-    tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
-    data = Pipeline(experiment.data, experiment.modalities, experiment.batch_size, experiment.seed, tokenizer)
-    if data.tokenizer is not None and tokenizer is None:
-        data.tokenizer.save(folder.tokenizer)
+    data = Pipeline(
+        experiment.data, experiment.modalities, experiment.batch_size, experiment.seed, _tokenizer(experiment, folder)
+    )
+    for name, evaluator in experiment.evaluators.items():
+        with naming(f"evaluators.{name}"):
+            evaluator.check(data)
 
     task = Task(experiment.build_model(), experiment.active_objectives)
     config = experiment.optimizer
     optimizer, schedule = make_optimizer(config, experiment.steps), make_schedule(config, experiment.steps)
     state, layout = make_state(task.model, optimizer, bool(config.ema), experiment.seed, mesh)
     checkpoints = Checkpoints(folder.checkpoints, experiment.checkpoint, to_json(experiment))
-    state, first_step = _restore(experiment, folder, checkpoints, state)
-
-    put = functools.partial(put_batch, sharding=batch_sharding(mesh))
-    batches = PrefetchToDevice(data.train(first_step), put)
-    writer = MetricsWriter(folder, first_step, experiment.log.tensorboard)
-    evaluate = functools.partial(_evaluate, experiment, task, data, mesh, folder, writer)
-    found: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        stack.callback(writer.close)
         stack.callback(checkpoints.close)
+        state, first_step = _restore(experiment, checkpoints, state)
+        folder.keep(experiment, data.tokenizer)
+        batches = PrefetchToDevice(data.train(first_step), functools.partial(put_batch, sharding=batch_sharding(mesh)))
         stack.callback(batches.close)
+        writer = MetricsWriter(folder, first_step, experiment.log.tensorboard)
+        stack.callback(writer.close)
         stack.enter_context(jax.set_mesh(mesh))
         stopping = stack.enter_context(_signals())
 
-        batch = next(batches)
+        batch, begun = next(batches), time.perf_counter()
         step_fn = functools.partial(
             train_step, task=task, optimizer=optimizer, schedule=schedule, ema=config.ema, parts=experiment.microbatches
         )
-        work = 3 * flops_.count_flops(lambda s, b: task.forward(s.params, task.corrupt(b, s.key), None), state, batch)
-        start = time.perf_counter()
         step_fn = compile_step(step_fn, mesh, layout).lower(state, batch).compile()
-        peak, peak_source = flops_.peak_flops()
+        compiling = time.perf_counter() - begun
+        work = 3 * flops_.count_flops(lambda s, b: task.forward(s.params, task.corrupt(b, s.key), None), state, batch)
+        peak, peak_source = flops_.peak_flops(mesh.size)
         tokens = experiment.batch_size * _tokens_per_example(task, batch)
         progress = Progress(experiment.steps, first_step, experiment.batch_size, tokens, work, peak)
         progress.say(_headline(experiment, task, state, mesh, folder, first_step))
         progress.say(
             f"{work / 1e12:.4f} TFLOP per step ({flops_.RULE}); peak {peak / 1e12:.3g} TFLOP/s ({peak_source}); "
-            f"compiled in {time.perf_counter() - start:.1f} s"
+            f"compiled in {compiling:.1f} s"
         )
         stack.enter_context(progress)
 
+        host = _Host(experiment, task, data, mesh, folder, writer, progress)
         sent: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        begun = time.perf_counter()
+        found, begun = {}, time.perf_counter()
         for step in range(first_step + 1, experiment.steps + 1):
             state, metrics = step_fn(state, batch)
             sent.append((step, metrics))
@@ -119,116 +120,132 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
                 progress.say(f"first step {time.time() - started:.1f} s after the command")
-                progress.restart()
+                progress.restart(step, batches.waited)
+            stop = bool(stopping) and not last
             evaluating = any(due(e, step, experiment.steps) for e in experiment.evaluators.values())
-            while sent and (len(sent) > LAG or last or evaluating):
-                _read_metrics(*sent.popleft(), experiment, writer, progress, batches.waited, checkpoints, state, step)
+            saving = last or stop or checkpoints.due(step) or (evaluating and bool(experiment.checkpoint.best))
+            while sent and (len(sent) > LAG or evaluating or saving):  # a saved state is never ahead of its metrics
+                host.read(*sent.popleft(), batches.waited)
 
             paused = time.perf_counter()
+            if host.lost:
+                checkpoints.save(step, state)
+                checkpoints.wait()
+                raise Stopped(host.lost + f"; the state is saved at step {step}", 1)
             if evaluating:
-                found = evaluate(state, step, progress)
-            if last or (evaluating and experiment.checkpoint.best in found) or checkpoints.due(step):
+                try:
+                    found = host.evaluate(state, step)
+                except BaseException:
+                    checkpoints.save(step, state)  # nothing is lost with an evaluation
+                    checkpoints.wait()
+                    raise
+            if saving:
                 checkpoints.save(step, state, found if evaluating else None)
             progress.pause(time.perf_counter() - paused)
-            if stopping and not last:
-                checkpoints.save(step, state)
+            if stop:
                 checkpoints.wait()
                 name = signal.Signals(stopping[0]).name
                 raise Stopped(f"{name}: saved step {step}; go on with\n  {resume_command(folder)}", 128 + stopping[0])
         if first_step >= experiment.steps:
-            found = evaluate(state, experiment.steps, progress)
+            found = host.evaluate(state, experiment.steps)
         checkpoints.wait()
         progress.say(_farewell(experiment, folder, time.perf_counter() - begun, time.time() - started))
     return found
 
 
 def resume_command(folder: RunFolder) -> str:
-    """The command that goes on with a run: this one, with the run's folder."""
-    arguments = [*sys.argv]
-    for i, argument in enumerate(arguments):
-        if argument == "--run":
-            del arguments[i : i + 2]
-            break
-        if argument.startswith("--run="):
-            del arguments[i]
-            break
-    program = ["mmx"] if Path(arguments[0]).name == "mmx" else ["python", arguments[0]]
-    return shlex.join([*program, *arguments[1:], "--run", os.fspath(folder.path)])
+    """The command that goes on with a run: this one, with the run's folder; a study finds its runs by itself."""
+    program, *arguments = sys.argv
+    name = ["mmx"] if Path(program).name == "mmx" else ["python", program]
+    if arguments[:1] != ["study"]:
+        for flag in ("--run", "--resume"):
+            for i, argument in enumerate(arguments):
+                if argument == flag or argument.startswith(f"{flag}="):
+                    del arguments[i : i + (2 if argument == flag else 1)]
+                    break
+        arguments += ["--run", os.fspath(folder.path)]
+    flags = f"XLA_FLAGS={shlex.quote(os.environ['XLA_FLAGS'])} " if os.environ.get("XLA_FLAGS") else ""
+    return flags + shlex.join([*name, *arguments])
 
 
-def _read_metrics(
-    step: int,
-    metrics: dict[str, jax.Array],
-    experiment: Experiment,
-    writer: MetricsWriter,
-    progress: Progress,
-    waited: float,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    sent: int,
-) -> None:
-    """Reads the metrics of a step that is done: records them now and then, and stops a run that has lost its way."""
-    if int(metrics["skipped_in_row"]) >= MAX_SKIPPED:
-        checkpoints.save(sent, state)
-        checkpoints.wait()
-        raise Stopped(
-            f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {step}: nothing moved in "
-            f"them, and the state is saved at step {sent}. Look for NaN or infinity in the data, or lower "
-            f"--optimizer.learning-rate",
-            1,
-        )
-    if step % experiment.log.every == 0 or step == experiment.steps:
-        values = {name: float(value) for name, value in metrics.items() if name != "skipped_in_row"}
-        measured = progress.measure(step, waited)
-        writer.write(step, values | measured)
-        progress.show(step, values, measured)
+@dataclasses.dataclass
+class _Host:
+    """What the host does between steps: it reads metrics and evaluates. `lost` says why a run has to stop, if it has."""
+
+    experiment: Experiment
+    task: Task
+    data: Pipeline
+    mesh: Mesh
+    folder: RunFolder
+    writer: MetricsWriter
+    progress: Progress
+    lost: str = ""
+
+    def read(self, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Reads the metrics of a step that is done, records them now and then, and notes when a run has lost its way."""
+        if step % self.experiment.log.every == 0 or step == self.experiment.steps:
+            values = {name: float(value) for name, value in metrics.items() if name != "skipped_in_row"}
+            measured = self.progress.measure(step, waited)
+            self.writer.write(step, values | measured)
+            self.progress.show(step, values, measured)
+        if int(metrics["skipped_in_row"]) >= MAX_SKIPPED and not self.lost:
+            self.lost = (
+                f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {step}, and nothing "
+                f"moved in them. Look for NaN or infinity in the data, or lower --optimizer.learning-rate"
+            )
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Runs the evaluators that are due; records, prints and draws what they find."""
+        steps, final = self.experiment.steps, step == self.experiment.steps
+        evaluation = Evaluation(self.task.model, state.evaluated_params, self.data, self.mesh, self.experiment.batch_size, final)
+        found: dict[str, float] = {}
+        for name, evaluator in self.experiment.evaluators.items():
+            if not due(evaluator, step, steps):
+                continue
+            report = evaluator(evaluation)
+            found |= {f"{name}/{metric}": value for metric, value in report.metrics.items()}
+            if report.text:
+                self.progress.say(f"\n{name}\n{report.text}")
+            for file, picture in report.pictures.items():
+                with writing(self.folder.path / f"{name}_{file}") as path:
+                    Image.fromarray(picture).save(path)
+        self.writer.write(step, found)
+        if not final:
+            shown = [f"{name} {value:.3f}" for name, value in found.items() if name.endswith(("R@1", "exact"))]
+            self.progress.say(f"step {step}: " + ", ".join(shown))
+        return found
 
 
-def _evaluate(
-    experiment: Experiment,
-    task: Task,
-    data: Pipeline,
-    mesh: Mesh,
-    folder: RunFolder,
-    writer: MetricsWriter,
-    state: TrainState,
-    step: int,
-    progress: Progress,
-) -> dict[str, float]:
-    """Runs the evaluators that are due; records, prints and draws what they find."""
-    final = step == experiment.steps
-    evaluation = Evaluation(task.model, state.evaluated_params, data, mesh, experiment.batch_size, final)
-    found: dict[str, float] = {}
-    for name, evaluator in experiment.evaluators.items():
-        if not due(evaluator, step, experiment.steps):
-            continue
-        report = evaluator(evaluation)
-        found |= {f"{name}/{metric}": value for metric, value in report.metrics.items()}
-        if report.text:
-            progress.say(f"\n{name}\n{report.text}")
-        for file, picture in report.pictures.items():
-            Image.fromarray(picture).save(folder.path / file)
-    writer.write(step, found)
-    if not final:
-        progress.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items() if k.endswith(("R@1", "exact"))))
-    return found
+def _tokenizer(experiment: Experiment, folder: RunFolder) -> Tokenizer | None:
+    """The tokenizer a run must keep to: its own, or that of the run whose state it starts from; None: a new one."""
+    if folder.tokenizer.exists():
+        return Tokenizer.load(folder.tokenizer)
+    if experiment.resume not in ("auto", "never", "must"):
+        other = find_checkpoint(Path(experiment.resume))[0].parent / folder.tokenizer.name
+        return Tokenizer.load(other) if other.exists() else None
+    return None
 
 
-def _restore(experiment: Experiment, folder: RunFolder, checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
+def _restore(experiment: Experiment, checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
     """The state to begin with: the run's own last one, that of another run, or the new one."""
     if checkpoints.latest is not None:
         return checkpoints.restore(state)
     if experiment.resume in ("auto", "never", "must"):
         return state, 0
-    source, step = find_checkpoint(Path(experiment.resume))
-    other = open_checkpoints(source)
+    folder, step = find_checkpoint(Path(experiment.resume))
+    other = open_checkpoints(folder)
     try:
-        return other.restore(state, step)
+        state, position = other.restore(state, step)
     finally:
         other.close()
+    if position >= experiment.steps:
+        raise InputError(f"--resume {experiment.resume}: its state is at step {position}; set --steps to more than that")
+    return state, position
 
 
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
+    if jax.process_count() > 1:
+        raise InputError("training on several processes is not supported yet; start one process with all devices")
     parts = batch_parts(mesh) * experiment.microbatches
     if experiment.batch_size % parts:
         raise InputError(

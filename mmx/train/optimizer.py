@@ -8,7 +8,7 @@ import jax
 import optax
 from optax import contrib
 
-from mmx.errors import InputError
+from mmx.errors import InputError, at_least
 from mmx.parallel.sharding import logical_axes, path_of
 
 
@@ -40,6 +40,12 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
     ema: float = 0.0
     """Decay of the moving average of parameters, which is then what is evaluated; 0: none."""
+
+    def __post_init__(self) -> None:
+        at_least(self, learning_rate=0, warmup=0, cooldown=0, weight_decay=0, clip=0, ema=0, b1=0, b2=0)
+        for name in ("ema", "b1", "b2"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"optimizer: {name}={getattr(self, name)}; it has to be less than 1")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -102,6 +108,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             schedule,
             weight_decay=config.weight_decay,
             weight_decay_mask=mask,
+            eps=config.eps,
             adam_b1=config.b1,
             adam_b2=config.b2,
             adam_weight_decay=config.weight_decay,

@@ -27,11 +27,11 @@ class Progress:
 
     def __init__(self, steps: int, first_step: int, examples: int, tokens: int, flops: int, peak: float):
         self.steps, self.examples, self.tokens, self.flops, self.peak = steps, examples, tokens, flops, peak
-        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = Console(file=sys.stdout, highlight=False)
+        self.console.soft_wrap = not self.console.is_terminal  # a terminal wraps words, a file keeps lines whole
         self._live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         self._printed = 0.0
         self._step, self._time, self._waited = first_step, time.perf_counter(), 0.0
-        self._first = (first_step, self._time)
         self._paused = 0.0
 
     def __enter__(self) -> "Progress":
@@ -43,10 +43,9 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def restart(self) -> None:
-        """Starts the clock: call it when the first step is through, so that compiling does not count as training."""
-        self._time = time.perf_counter()
-        self._first = (self._step, self._time)
+    def restart(self, step: int, waited: float) -> None:
+        """Starts the clock after `step`, so that compiling and the wait for the first batch do not count as training."""
+        self._step, self._time, self._waited = step, time.perf_counter(), waited
 
     def pause(self, seconds: float) -> None:
         """Takes time that was no training (evaluating, saving) out of the speed."""
