@@ -47,7 +47,7 @@ from mmx.train import (
 )
 from mmx.train import run as run_loop
 
-LENGTH, VOCAB, WIDTH, STEPS, ROUNDS = 14, 1024, 64, 80, 3
+LENGTH, VOCAB, WIDTH, STEPS, ROUNDS = 14, 1024, 64, 60, 3
 TRAIN = Path(__file__).parent.parent / "train.py"
 
 
@@ -74,8 +74,8 @@ class BareTowers(nn.Module):
         y = nn.Embed(VOCAB, WIDTH)(ids) + self.param("text_position", nn.initializers.normal(0.02), (LENGTH, WIDTH))
         for _ in range(2):
             y = BareBlock()(y, there[:, None, None, :])
-        x = nn.Dense(WIDTH)(nn.LayerNorm()(x).mean(1))
-        y = nn.Dense(WIDTH)((nn.LayerNorm()(y) * there[..., None]).sum(1) / there.sum(1, keepdims=True))
+        x = nn.Dense(WIDTH, use_bias=False)(nn.LayerNorm()(x).mean(1))
+        y = nn.Dense(WIDTH, use_bias=False)((nn.LayerNorm()(y) * there[..., None]).sum(1) / there.sum(1, keepdims=True))
         scale = jnp.exp(self.param("logit_scale", nn.initializers.constant(2.66), ()))
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True), y / jnp.linalg.norm(y, axis=-1, keepdims=True), scale
 
