@@ -39,6 +39,6 @@ def rowwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
     """Applies a function of rows `(..., F)` to them as one matrix.
 
     XLA's CPU backend computes a product as a matrix and fuses what follows; if that is three-dimensional, it divides
-    indices for every element: an MLP with GELU takes three times as long (benchmarks/kernels.py shows it).
+    indices for every element: benchmarks/kernels.py shows an MLP without biases where that costs a factor of three.
     """
     return function(x.reshape(-1, x.shape[-1])).reshape(x.shape)
