@@ -18,7 +18,7 @@ def check_image(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return image
 
 
-def random_shift(image: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves the image by up to `pixels` in each direction; what moves out on one side comes in on the other."""
-    rows, columns = rng.integers(-pixels, pixels + 1, 2)
-    return np.roll(image, (rows, columns), (0, 1))
+def shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Moves the image; what moves out on one side comes in on the other."""
+    rows, columns = (np.arange(size) - by for size, by in zip(image.shape, (down, right), strict=False))
+    return image.take(rows, 0, mode="wrap").take(columns, 1, mode="wrap")

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mmx.cache import cache_folder
-from mmx.data.image import check_image, random_shift
+from mmx.data.image import check_image, shift
 from mmx.data.sources import DataError, Source, open_source
 from mmx.data.text import Tokenizer, cached_tokenizer
 from mmx.errors import InputError, at_least, unknown
@@ -147,13 +147,12 @@ class Pipeline:
     def train(self, first_step: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches, from batch number `first_step` on: this process's rows, as NumPy."""
         processes, process = jax.process_count(), jax.process_index()
-        local = self.batch_size // processes
-        data = grain.MapDataset.source(self.examples(self.config.split)).seed(self.seed).shuffle().repeat()
-        if self.config.shift:
-            data = data.random_map(self._augment)
-        data = data.batch(local, drop_remainder=True, batch_fn=stack)[process::processes]
+        examples = self.examples(self.config.split)
+        order = grain.MapDataset.range(len(examples)).seed(self.seed).shuffle().repeat()
+        order = order.batch(self.batch_size // processes, drop_remainder=True)[process::processes]
+        batches = order.map_with_index(functools.partial(self._read, examples, process))
         options = grain.ReadOptions(num_threads=self.config.threads, prefetch_buffer_size=self.config.buffer)
-        iterator = iter(data.to_iter_dataset(options))
+        iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": first_step})
         return iterator
 
@@ -177,11 +176,16 @@ class Pipeline:
     def _examples(self, split: str) -> Examples:
         return Examples(self.source(split), self.config.fields, self.modalities, self.tokenizer, self.config.keep)
 
-    def _augment(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def _read(self, examples: Examples, process: int, step: int, indices: np.ndarray) -> Batch:
+        """One process's rows of batch number `step`. Random numbers are drawn for all rows, so that each row has its own."""
+        rows = [examples[int(i)] for i in indices]
+        rng = np.random.default_rng((self.seed, step))
         for name in self.config.fields:
-            if isinstance(self.modalities[name], Patches):
-                example[name] = random_shift(example[name], self.config.shift, rng)
-        return example
+            if self.config.shift and isinstance(self.modalities[name], Patches):
+                shifts = rng.integers(-self.config.shift, self.config.shift + 1, (self.batch_size, 2))
+                for row, (down, right) in zip(rows, shifts[process * len(rows) :], strict=False):
+                    row[name] = shift(row[name], int(down), int(right))
+        return stack(rows)
 
     def _text_fields(self, source: Source) -> dict[str, Ids]:
         fields = {field: self.modalities[name] for name, field in self.config.fields.items()}

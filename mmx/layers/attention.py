@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from mmx.parallel import constrain
 
+LOWEST = float(jnp.finfo(jnp.float32).min)  # the score of a key that may not be seen
+
 
 def attend(
     query: Float[Array, "B Lq H K"],
@@ -36,14 +38,18 @@ def attend(
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     query = query * (1.0 / math.sqrt(query.shape[-1]))
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)  # (B, H, Lq, Lk)
-    if key_mask is None and visible is None:
-        weights = jax.nn.softmax(scores)
-    else:
-        allowed = jnp.ones((1, 1, 1, 1), bool) if key_mask is None else key_mask[:, None, None, :]
-        allowed = allowed if visible is None else allowed & visible
-        weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min))
-        weights = jnp.where(allowed, weights, 0.0)  # a row without keys is uniform before this line
-    return jnp.einsum("bhqm,bmhk->bqhk", weights.astype(value.dtype), value)
+    if key_mask is not None:
+        scores = jnp.where(key_mask[:, None, None, :], scores, LOWEST)
+    if visible is not None:
+        scores = jnp.where(visible, scores, LOWEST)
+    highest = jnp.maximum(scores.max(-1, keepdims=True), LOWEST / 2)  # so that a row without keys has weights of zero
+    weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
+    total = weights.sum(-1)  # (B, H, Lq); at least 1 in a row with keys
+    total = jnp.where(total == 0, 1, total).swapaxes(1, 2)[..., None]  # (B, Lq, H, 1)
+    # The softmax's division comes last, as in FlashAttention (arXiv 2205.14135): K numbers a query, and not Lk.
+    weights = weights.astype(value.dtype)
+    out = jnp.einsum("bhqm,bmhk->bqhk", weights, value, preferred_element_type=jnp.float32) / total
+    return out.astype(value.dtype)
 
 
 class Attention(nn.Module):
