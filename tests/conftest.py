@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles fast
+os.environ["PJRT_NPROC"] = "64"  # as mmx.make_mesh sets it, but tests ask for devices before
 os.environ.setdefault("MMX_CACHE", os.path.join(tempfile.gettempdir(), f"mmx-test-cache-{os.getuid()}"))
 
 import jax

@@ -1,7 +1,6 @@
 """The feed-forward sublayer and the activations published models use."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -31,14 +30,5 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
-        h = constrain(rowwise(ACTIVATIONS[self.activation], h), "batch", "length", "mlp")
+        h = constrain(ACTIVATIONS[self.activation](h), "batch", "length", "mlp")
         return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)
-
-
-def rowwise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies a function of rows `(..., F)` to them as one matrix.
-
-    XLA's CPU backend computes a product as a matrix and fuses what follows; if that is three-dimensional, it divides
-    indices for every element: benchmarks/kernels.py shows an MLP without biases where that costs a factor of three.
-    """
-    return function(x.reshape(-1, x.shape[-1])).reshape(x.shape)

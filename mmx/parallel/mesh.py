@@ -9,6 +9,8 @@ A mesh is always entered in a scope, `with jax.set_mesh(mesh):`, never set for t
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +68,17 @@ class MeshConfig:
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh over `devices` (all of them unless given)."""
+    _give_emulated_devices_threads()
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _give_emulated_devices_threads() -> None:
+    """Devices that XLA emulates wait for each other on threads of one pool. It has one for each core, which is too few:
+    they lock, and the process is aborted. Has an effect only before JAX's first use of a device."""
+    if emulated := re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+        os.environ.setdefault("PJRT_NPROC", str(8 * int(emulated[1])))
 
 
 def spec(*logical: str | None) -> PartitionSpec:

@@ -108,7 +108,6 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
         )
         stack.enter_context(progress)
 
-        lag = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else LAG  # emulated devices: two programs may lock each other
         host = _Host(experiment, task, data, mesh, folder, writer, progress)
         sent: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         found, begun = {}, time.perf_counter()
@@ -125,7 +124,7 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
             stop = bool(stopping) and not last
             evaluating = any(due(e, step, experiment.steps) for e in experiment.evaluators.values())
             saving = last or stop or checkpoints.due(step) or (evaluating and bool(experiment.checkpoint.best))
-            while sent and (len(sent) > lag or evaluating or saving):  # a saved state is never ahead of its metrics
+            while sent and (len(sent) > LAG or evaluating or saving):  # a saved state is never ahead of its metrics
                 host.read(*sent.popleft(), batches.waited)
 
             paused = time.perf_counter()
