@@ -47,7 +47,7 @@ from mmx.train import (
 )
 from mmx.train import run as run_loop
 
-LENGTH, VOCAB, WIDTH, STEPS, ROUNDS = 14, 1024, 64, 60, 3
+LENGTH, VOCAB, WIDTH, STEPS, ROUNDS, WINDOW = 14, 1024, 64, 60, 5, 5
 TRAIN = Path(__file__).parent.parent / "train.py"
 
 
@@ -116,19 +116,31 @@ class BareTrainer:
 
         self.step = step
 
-    def run(self, steps: int) -> float:
-        """Examples per second over `steps` steps."""
+    def run(self, steps: int) -> list[float]:
+        """Seconds per step in each window."""
+        return windows(self._step, steps)
+
+    def _step(self):
+        chosen = self.rng.choice(len(self.images), self.size, replace=False)
+        image = np.roll(self.images[chosen], self.rng.integers(-1, 2, 2), (1, 2))
+        self.params, self.state = self.step(self.params, self.state, image, self.ids[chosen])
+        return self.params
+
+
+def windows(step, steps: int) -> list[float]:
+    """Seconds per step in each window of steps; `step()` returns what to wait for at its end."""
+    found = []
+    for _ in range(steps // WINDOW):
         start = time.perf_counter()
-        for _ in range(steps):
-            chosen = self.rng.choice(len(self.images), self.size, replace=False)
-            image = np.roll(self.images[chosen], self.rng.integers(-1, 2, 2), (1, 2))
-            self.params, self.state = self.step(self.params, self.state, image, self.ids[chosen])
-        jax.block_until_ready(self.params)
-        return steps * self.size / (time.perf_counter() - start)
+        for _ in range(WINDOW):
+            out = step()
+        jax.block_until_ready(out)
+        found.append((time.perf_counter() - start) / WINDOW)
+    return found
 
 
-def loop_speed(experiment: mmx.Experiment, steps: int) -> float:
-    """Examples per second of mmx.train.run after its first record: logging, TensorBoard, prefetching; no evaluation, no saving."""
+def loop_windows(experiment: mmx.Experiment, steps: int) -> list[float]:
+    """The same of mmx.train.run after its first record: logging, TensorBoard, prefetching; no evaluation, no saving."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = dataclasses.replace(
             experiment,
@@ -136,13 +148,12 @@ def loop_speed(experiment: mmx.Experiment, steps: int) -> float:
             run=folder,
             evaluators={},
             checkpoint=CheckpointConfig(every_minutes=0, best=""),
-            log=LogConfig(),
+            log=LogConfig(every=WINDOW),
         )
         with contextlib.redirect_stdout(io.StringIO()):
             run_loop(experiment)
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    times = [record["time/step_ms"] for record in records if "time/step_ms" in record][1:]
-    return 1e3 * experiment.batch_size / float(np.mean(times))
+    return [record["time/step_ms"] / 1e3 for record in records if "time/step_ms" in record][1:]
 
 
 class BareStep:
@@ -159,13 +170,13 @@ class BareStep:
         with jax.set_mesh(mesh):
             self.step = compile_step(step, mesh, layout).lower(self.state, self.batch).compile()
 
-    def run(self, steps: int) -> float:
-        """Examples per second over `steps` steps."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.state, metrics = self.step(self.state, self.batch)
-        jax.block_until_ready(metrics["loss"])
-        return steps * self.size / (time.perf_counter() - start)
+    def run(self, steps: int) -> list[float]:
+        """Seconds per step in each window."""
+        return windows(self._step, steps)
+
+    def _step(self):
+        self.state, metrics = self.step(self.state, self.batch)
+        return metrics
 
 
 def first_step(cache: str) -> float:
@@ -182,26 +193,24 @@ def first_step(cache: str) -> float:
     raise RuntimeError("the run ended before its first step")
 
 
-def compare(title: str, ours, theirs) -> None:
-    """Runs both sides in turn and prints the medians and the ratio."""
-    theirs(5)
-    pairs = [(ours(STEPS), theirs(STEPS)) for _ in range(ROUNDS)]
-    a, b = (float(np.median(side)) for side in zip(*pairs, strict=True))
-    ratios = ", ".join(f"{x / y:.3f}" for x, y in pairs)
-    print(
-        f"{title}: {a:,.0f} against {b:,.0f} examples/s, ratio {np.median([x / y for x, y in pairs]):.3f} (rounds: {ratios})",
-        flush=True,
-    )
+def compare(title: str, size: int, ours, theirs) -> None:
+    """Runs both sides in turn, each round longer than a hiccup; prints the ratio of the medians over all windows."""
+    theirs(WINDOW)
+    rounds = [(ours(STEPS), theirs(STEPS)) for _ in range(ROUNDS)]
+    a, b = (float(np.median(np.concatenate(side))) for side in zip(*rounds, strict=True))
+    each = ", ".join(f"{np.median(y) / np.median(x):.3f}" for x, y in rounds)
+    print(f"{title}: {size / a:,.0f} against {size / b:,.0f} examples/s, ratio {b / a:.3f} (rounds: {each})", flush=True)
 
 
 def main() -> None:
     print(f"jax {jax.__version__}, {os.cpu_count()} CPU cores, {jax.devices()[0].device_kind}; {ROUNDS} rounds of {STEPS} steps")
     bare = BareTrainer(towers())
     shapes = jax.eval_shape(lambda: towers().build_model().init(jax.random.key(0), mmx.example_batch(towers().build_model())))
-    print(f"two towers: {bare.parameters:,} parameters by hand, {mmx.count_parameters(shapes):,} in mmx")
-    compare("1. two towers, mmx's loop against a bare trainer", lambda n: loop_speed(towers(), n), bare.run)
+    assert bare.parameters == mmx.count_parameters(shapes), "not the same model"
+    compare("1. two towers, mmx's loop against a bare trainer", bare.size, lambda n: loop_windows(towers(), n), bare.run)
     default = mmx.Experiment()
-    compare("2. default model, mmx's loop against mmx's bare step", lambda n: loop_speed(default, n), BareStep(default).run)
+    step = BareStep(default)
+    compare("2. default model, mmx's loop against mmx's bare step", step.size, lambda n: loop_windows(default, n), step.run)
     with tempfile.TemporaryDirectory() as cache:
         print(f"3. first step {first_step(cache):.1f} s after the command with an empty cache,", end=" ")
         print(f"{first_step(cache):.1f} s with the data set prepared and the programs compiled")

@@ -24,6 +24,11 @@ from mmx.data import DataConfig, Pipeline
 from mmx.train import CheckpointConfig, Experiment, LogConfig, ModelConfig, OptimizerConfig
 
 
+def pytest_collection_modifyitems(items):
+    """Whole processes first: they would keep one worker busy at the end, while the others have nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Experiment:
     """Seconds on one device: two layers of width 32, eight examples a step."""

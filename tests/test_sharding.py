@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from mmx.data import Pipeline
 from mmx.data.pipeline import put_batch
 from mmx.errors import InputError
-from mmx.objectives import Contrastive
+from mmx.objectives import Contrastive, Matching
 from mmx.parallel import MeshConfig, batch_sharding, constrain, make_mesh, shardings, spec
 from mmx.topologies import TOPOLOGIES
 from mmx.train import OptimizerConfig, Task, compile_step, make_optimizer, make_schedule, make_state, train_step
@@ -37,7 +37,8 @@ def train(experiment, mesh_config, devices, steps=3, parts=1):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_eight_devices_give_the_losses_of_one(tiny, topology):
-    experiment = dataclasses.replace(tiny, topology=topology)
+    objectives = tiny.objectives if topology == tiny.topology else {"contrastive": Contrastive(), "matching": Matching()}
+    experiment = dataclasses.replace(tiny, topology=topology, objectives=objectives)
     expected, _ = train(experiment, MeshConfig(), 1)
     losses, state = train(experiment, MeshConfig(data=2, fsdp=2, tensor=2), 8)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

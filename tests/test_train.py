@@ -1,5 +1,6 @@
 """Whole runs: what they write, how they go on, and what stops them."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -75,6 +76,17 @@ def test_a_run_writes_what_it_says(tiny, capsys):
     for part in ("step 6/6 100% eta 0:00", "examples/s", "tokens/s", "TFLOP/s", "of peak", "waiting for data", "GiB", "grad norm",
                  "matrix products of the forward passes x 3", "first step", "next: python train.py", str(folder), "chance"):  # fmt: skip
         assert part in out
+
+
+def test_the_second_start_compiles_nothing(tiny, tmp_path):
+    """What takes long to compile comes from the cache folder, in another run folder and with nothing left in memory."""
+    counted = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: counted.update([event.removeprefix("/jax/compilation_cache/")]))
+    train(tiny)
+    jax.clear_caches()
+    counted.clear()
+    train(dataclasses.replace(tiny, run=str(tmp_path / "second")))
+    assert counted["cache_hits"] > 0 and counted["cache_misses"] == 0
 
 
 def test_training_learns(tiny):
