@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmx.topologies.stages import FUSED
+from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from mmx.errors import InputError, unknown
 from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
-from mmx.topologies import Stage, make_topology
-from mmx.topologies.stages import FUSED, fill_block
+from mmx.topologies import FUSED, Stage, make_topology
+from mmx.topologies.stage import fill_block
 from mmx.types import Batch, Outputs, Streams
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
@@ -112,7 +112,7 @@ def build_model(
     stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
     stages = tuple(fill_block(stage, config) for stage in stages)
     for stage in stages:
-        for field in ("depth", "block", "weights", "edges"):
+        for field in ("depth", "block", "weights", "edges", "sees"):
             named = getattr(stage, field, None)
             for name in named if isinstance(named, Mapping) else ():
                 if name not in (*modalities, FUSED):

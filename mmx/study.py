@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.topologies import TOPOLOGIES
+from mmx.topologies import BEYOND, TOPOLOGIES
 from mmx.train import Experiment, run
 from mmx.train.experiment import differences, load_config, to_json
 from mmx.train.log import step_of
@@ -48,8 +48,8 @@ def run_study(study: Study) -> Path:
         InputError: an unknown topology.
     """
     for name in study.topologies:
-        if name not in TOPOLOGIES:
-            raise InputError(unknown("topology", name, TOPOLOGIES))
+        if name not in TOPOLOGIES | BEYOND:
+            raise InputError(unknown("topology", name, TOPOLOGIES | BEYOND))
     base = load_config(Path(study.config)) if study.config else Experiment()
     if base.stages:
         raise InputError(f"{study.config} has stages of its own; a study compares the named topologies")

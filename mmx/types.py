@@ -32,11 +32,16 @@ class Tokens:
 
     `causal` is static: a causal stream's tokens see their own past and every stream that is not causal, and no other
     stream sees them. It is what turns an encoder into a decoder without changing a weight.
+
+    `coordinates (L, A)` or `(B, L, A)` say where tokens stand, for rotary positions: on a line, in (row, column), in
+    (time, row, column); None: in their order. `special` names the learned tokens in front, such as ("class",).
     """
 
     values: jax.Array
     mask: jax.Array | None = None
+    coordinates: Any = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
+    special: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     @property
     def dense_mask(self) -> jax.Array:

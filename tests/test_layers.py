@@ -58,9 +58,9 @@ def test_rows_without_keys_give_zero_in_value_and_gradient(rng):
 
 def test_visibility_is_as_drawn():
     drawn = ["111...", "111...", "111...", "1111..", "11111.", "111111"]
-    np.testing.assert_array_equal(visibility([3, 3], [False, True]), [[c == "1" for c in row] for row in drawn])
-    assert visibility([3, 3], [False, False]) is None
-    two = visibility([2, 2], [True, True])
+    np.testing.assert_array_equal(visibility({"image": 3, "text": 3}, ["text"]), [[c == "1" for c in row] for row in drawn])
+    assert visibility({"image": 3, "text": 3}) is None
+    two = visibility({"a": 2, "b": 2}, ["a", "b"])
     assert two is not None and not two[:2, 2:].any() and not two[2:, :2].any()
 
 
@@ -89,16 +89,16 @@ def test_cross_attention_to_nothing_adds_nothing(rng, norm):
     config = dataclasses.replace(SMALL, norm=norm)
     x, context = rng.standard_normal((2, 2, 4, 8)).astype(np.float32)
     block = Block(config, "cross self mlp")
-    params = block.init(jax.random.key(0), x, None, None, context)["params"]
+    params = block.init(jax.random.key(0), x, context=context)["params"]
     params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
-    nothing = block.apply({"params": params}, x, None, None, context, np.zeros((2, 4), bool))
+    nothing = block.apply({"params": params}, x, context=context, context_mask=np.zeros((2, 4), bool))
     np.testing.assert_allclose(nothing, block.apply({"params": params}, x), atol=1e-6)
-    assert np.abs(nothing - block.apply({"params": params}, x, None, None, context)).max() > 1e-3
+    assert np.abs(nothing - block.apply({"params": params}, x, context=context)).max() > 1e-3
 
 
 def test_words_make_the_sublayers(rng):
     x = rng.standard_normal((1, 3, 8)).astype(np.float32)
-    params = Block(SMALL, "cross mlp self mlp").init(jax.random.key(0), x, None, None, x)["params"]
+    params = Block(SMALL, "cross mlp self mlp").init(jax.random.key(0), x, context=x)["params"]
     assert {name for name in params if not name.endswith("norm")} == {"cross", "mlp", "self", "mlp_1"}
     with pytest.raises(InputError, match="did you mean 'cross'"):
         Block(SMALL, "cros mlp").init(jax.random.key(0), x)

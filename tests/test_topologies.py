@@ -6,15 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mmx
 from mmx.errors import InputError
 from mmx.layers import BlockConfig
 from mmx.topologies import (
+    BEYOND,
     TOPOLOGIES,
+    Bottleneck,
     Cross,
     Joint,
+    Latent,
     PerStream,
     Sum,
     cross_attention,
@@ -26,6 +31,7 @@ from mmx.topologies.stages import FUSED
 from mmx.types import Tokens
 
 BLOCK = BlockConfig(width=8, heads=2, mlp=16)
+EVERY = (*TOPOLOGIES, *BEYOND)
 NAMES = ("image", "text", "audio", "video", "pose")
 
 
@@ -70,7 +76,7 @@ def same(a, b, atol=2e-5):
         np.testing.assert_allclose(a[name], b[name], atol=atol)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", EVERY)
 @settings(max_examples=4, deadline=None)
 @given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), seed=st.integers(0, 99))
 def test_masked_tokens_change_nothing(topology, lengths, seed):
@@ -86,7 +92,7 @@ def test_masked_tokens_change_nothing(topology, lengths, seed):
     same(at_mask(apply_stages(stages, params, noisy)), at_mask(apply_stages(stages, params, streams)))
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", EVERY)
 def test_absent_modality_equals_a_batch_without_it(rng, topology):
     stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (4, 3, 5))
     params = init_stages(stages, streams, rng)
@@ -97,7 +103,7 @@ def test_absent_modality_equals_a_batch_without_it(rng, topology):
     same({n: v[:, : with_less[n].shape[1]] for n, v in with_mask.items()}, with_less)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", EVERY)
 def test_gradients_are_finite_when_everything_is_masked(rng, topology):
     stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (3, 2))
     params = init_stages(stages, streams, rng)
@@ -110,7 +116,7 @@ def test_gradients_are_finite_when_everything_is_masked(rng, topology):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", EVERY)
 def test_a_causal_stream_leaks_neither_forward_nor_sideways(rng, topology):
     """What comes later in a causal text changes no earlier token of it and no token of another stream."""
     stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (4, 6), masked=False)
@@ -154,6 +160,58 @@ def test_with_one_modality_a_topology_is_a_plain_encoder(rng, topology):
     same(at_mask({"x": out}), at_mask({"x": expected}))
 
 
+@pytest.mark.parametrize("topology", EVERY)
+def test_values_are_those_of_the_formula(rng, topology):
+    """Against NumPy, three streams with random masks, one of them absent from an example."""
+    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (4, 3, 5))
+    streams["text"].mask[1] = False
+    for tokens in streams.values():
+        tokens.mask[0, 0] = True
+    params = init_stages(stages, streams, rng)
+    found = at_mask(apply_stages(stages, params, streams))
+    for example in range(3):
+        places = {name: np.flatnonzero(t.mask[example]) for name, t in streams.items()}
+        z = {name: t.values[example][places[name]].astype(np.float64) for name, t in streams.items()}
+        expected = reference.apply(topology, z, places, params)
+        if topology == "early_summation":
+            places = {FUSED: sorted(set(np.concatenate(list(places.values()))))}
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name][example][places[name]], values, atol=2e-4)
+
+
+LENGTHS = {"image": 7, "text": 3, "audio": 5}
+PAIRS = {  # per layer and squared unit of length: (own encoders, interaction) as the docstrings say
+    "early_summation": lambda n: 2 * max(n) ** 2,
+    "early_concatenation": lambda n: 2 * sum(n) ** 2,
+    "multi_to_one": lambda n: sum(x * x for x in n) + sum(n) ** 2,
+    "one_to_multi": lambda n: sum(x * x for x in n) + sum(n) ** 2,
+    "cross_attention": lambda n: 2 * sum(x * (sum(n) - x) + x * x for x in n),
+    "cross_to_concatenation": lambda n: sum(x * (sum(n) - x) + x * x for x in n) + sum(n) ** 2,
+    "bottleneck": lambda n: 2 * sum(x * x for x in n),
+    "latent": lambda n: 0,
+}
+
+
+@pytest.mark.parametrize("topology", EVERY)
+def test_cost_grows_as_the_formula_says(rng, topology):
+    """The part of the counted FLOPs that is quadratic in length is that of the scores and the weighted values."""
+    stages = make_topology(topology, 2, BLOCK)
+
+    def flops(scale):
+        streams = make_streams(rng, [scale * length for length in LENGTHS.values()])
+        shapes = []
+        for stage in stages:
+            variables = jax.eval_shape(stage.init, jax.random.key(0), streams)
+            shapes.append(variables.get("params", {}))
+            streams = jax.eval_shape(stage.apply, variables, streams)
+        streams = make_streams(rng, [scale * length for length in LENGTHS.values()])
+        return mmx.count_flops(lambda p, s: apply_stages(stages, p, s), shapes, streams)
+
+    second_difference = flops(3) - 2 * flops(2) + flops(1)
+    examples, width = 3, BLOCK.width
+    assert second_difference == 2 * (2 * 2 * examples * width) * PAIRS[topology](LENGTHS.values())
+
+
 def test_multi_to_one_without_stream_layers_is_early_concatenation(rng):
     streams = make_streams(rng, (4, 3))
     late, early = multi_to_one(0, 2, BLOCK), early_concatenation(2, BLOCK)
@@ -161,8 +219,112 @@ def test_multi_to_one_without_stream_layers_is_early_concatenation(rng):
     same(at_mask(apply_stages(late, [{}, *params], streams)), at_mask(apply_stages(early, params, streams)))
 
 
+def test_joint_that_sees_only_itself_is_per_stream_with_shared_weights(rng):
+    streams = make_streams(rng, (4, 3, 2))
+    joint, separate = Joint(2, BLOCK, sees=dict.fromkeys(streams, ())), PerStream(2, BLOCK, share=True)
+    (params,) = init_stages([joint], streams, rng)
+    same(
+        at_mask(apply_stages([joint], [params], streams)),
+        at_mask(apply_stages([separate], [{"shared": params["stack"]}], streams)),
+    )
+
+
+def test_visibility_says_who_is_seen(rng):
+    """A text that sees the image, an image that sees only itself, and an audio that sees the text."""
+    stage = Joint(2, BLOCK, sees={"image": (), "text": ("image",), "audio": ("text",)})
+    streams = make_streams(rng, (4, 3, 2), masked=False)
+    (params,) = init_stages([stage], streams, rng)
+    before = apply_stages([stage], [params], streams)
+    for changed, moved in {"image": {"image", "text", "audio"}, "text": {"text", "audio"}, "audio": {"audio"}}.items():
+        other = streams | {changed: dataclasses.replace(streams[changed], values=-streams[changed].values)}
+        after = apply_stages([stage], [params], other)
+        assert {n for n in streams if np.abs(after[n].values - before[n].values).max() > 1e-4} == moved
+
+
+def test_multiway_gives_each_stream_its_own(rng):
+    """Equal to the shared stack where the streams' own weights are equal; each learns from its own tokens only."""
+    streams = make_streams(rng, (4, 3))
+    plain, multiway = Joint(2, BLOCK), Joint(2, BLOCK, multiway=("mlp", "norm"))
+    (params,) = init_stages([plain], streams, rng)
+    stack = params["stack"]
+    block = {k: v for k, v in stack["layers"]["block"].items() if k == "self"}
+    for kind in ("mlp", "self_norm", "mlp_norm"):
+        block |= {f"{kind}_{name}": stack["layers"]["block"][kind] for name in streams}
+    own = {"stack": {"layers": {"block": block}, **{f"norm_{name}": stack["norm"] for name in streams}}}
+    same(at_mask(apply_stages([plain], [params], streams)), at_mask(apply_stages([multiway], [own], streams)))
+    gradient = jax.grad(lambda p: apply_stages([multiway], [p], streams)["image"].values.sum())(own)
+    last = jax.tree.map(lambda g: np.abs(g[-1]).max(), gradient["stack"]["layers"]["block"])
+    assert last["mlp_image"]["up"]["kernel"] > 0 and last["mlp_text"]["up"]["kernel"] == 0
+    with pytest.raises(InputError, match="did you mean 'mlp'"):
+        Joint(1, BLOCK, multiway=("mpl",)).init(jax.random.key(0), streams)
+
+
+def test_cross_may_read_the_original_tokens(rng):
+    streams = make_streams(rng, (4, 3), masked=False)
+    stages = {original: Cross(2, BLOCK, "cross mlp", original=original) for original in (False, True)}
+    (params,) = init_stages([stages[True]], streams, rng)
+    outs = {o: apply_stages([stage], [params], streams) for o, stage in stages.items()}
+    assert np.abs(outs[True]["image"].values - outs[False]["image"].values).max() > 1e-3
+    image = streams["image"].values.astype(np.float64)
+    for example in range(3):
+        x = image[example]
+        for i in range(2):
+            p = reference.layer(params["layers"]["image"], i)
+            x = reference.block(x, p, np.asarray(streams["text"].values[example]), "cross mlp")
+        np.testing.assert_allclose(outs[True]["image"].values[example], reference.norm(x, params["image_norm"]), atol=2e-4)
+
+
+@pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": 8}])
+@pytest.mark.parametrize(
+    "stage", [Joint(2), PerStream(2), Cross(2), Bottleneck(2), Cross(2, share=True)], ids=lambda s: type(s).__name__
+)
+def test_positions_in_attention_tell_the_order(rng, stage, change):
+    """With rotary or relative positions, shuffled tokens are another input; distances are what counts."""
+    stage = dataclasses.replace(stage, block=dataclasses.replace(BLOCK, **change))
+    streams = make_streams(rng, (5, 3), masked=False)
+    (params,) = init_stages([stage], streams, rng)
+    before = apply_stages([stage], [params], streams)
+    order = np.asarray([2, 0, 1, 4, 3])
+    shuffled = streams | {"image": dataclasses.replace(streams["image"], values=streams["image"].values[:, order])}
+    after = apply_stages([stage], [params], shuffled)
+    assert np.abs(after["image"].values - before["image"].values[:, order]).max() > 1e-3
+    padded = {  # two masked tokens in front: every place is another one, every distance the same
+        n: Tokens(np.pad(t.values, ((0, 0), (2, 0), (0, 0))), np.pad(t.mask, ((0, 0), (2, 0)))) for n, t in streams.items()
+    }
+    if not isinstance(stage, Bottleneck):  # the shared tokens keep their places
+        moved = apply_stages([stage], [params], padded)
+        same({n: t.values[:, 2:] for n, t in moved.items()}, {n: t.values for n, t in before.items()})
+
+
+def test_rotary_positions_go_by_coordinates(rng):
+    """The tokens of an image may come in any order, if their coordinates come with them."""
+    stage = Joint(2, dataclasses.replace(BLOCK, rotary=100.0))
+    streams = make_streams(rng, (6, 3), masked=False)
+    where = np.stack(np.divmod(np.arange(6), 3), -1).astype("f")
+    streams["image"] = dataclasses.replace(streams["image"], coordinates=where)
+    (params,) = init_stages([stage], streams, rng)
+    before, order = apply_stages([stage], [params], streams), rng.permutation(6)
+    image = dataclasses.replace(streams["image"], values=streams["image"].values[:, order], coordinates=where[order])
+    after = apply_stages([stage], [params], streams | {"image": image})
+    np.testing.assert_allclose(after["image"].values, before["image"].values[:, order], atol=1e-5)
+    np.testing.assert_allclose(after["text"].values, before["text"].values, atol=1e-5)
+
+
+def test_bottleneck_and_latent_keep_a_causal_text_to_itself(rng):
+    """They answer it; what it says reaches nobody."""
+    for stage in (Bottleneck(2, block=BLOCK), Latent(2, 3, BLOCK)):
+        streams = make_streams(rng, (4, 3), masked=False)
+        streams["text"] = dataclasses.replace(streams["text"], causal=True)
+        (params,) = init_stages([stage], streams, rng)
+        before = apply_stages([stage], [params], streams)
+        for changed, moved in (("image", {"image", "text"}), ("text", {"text"})):
+            other = streams | {changed: dataclasses.replace(streams[changed], values=-streams[changed].values)}
+            after = apply_stages([stage], [params], other)
+            assert {n for n in streams if np.abs(after[n].values - before[n].values).max() > 1e-4} == moved
+
+
 def test_permuting_tokens_permutes_outputs(rng):
-    for topology in TOPOLOGIES:
+    for topology in EVERY:
         if topology == "early_summation":
             continue  # its tokens are aligned by position
         stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, (5, 3))

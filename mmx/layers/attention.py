@@ -4,14 +4,33 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from mmx.layers.positions import rotate
 from mmx.parallel import constrain
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # the score of a key that may not be seen
+
+
+@flax.struct.dataclass
+class Sight:
+    """What the tokens of a stream see of each other, and from where.
+
+    Attributes:
+        mask: which tokens exist, `(B, L)`.
+        visible: the rule who may see whom, `(L, L)`, a constant.
+        coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
+        bias: added to the scores, `(H, L, L)`: relative positions.
+    """
+
+    mask: Any = None
+    visible: Any = None
+    coordinates: Any = None
+    bias: Any = None
 
 
 def attend(
@@ -20,6 +39,7 @@ def attend(
     value: Float[Array, "B Lk G K"],
     key_mask: Bool[Array, "B Lk"] | None = None,
     visible: np.ndarray | None = None,
+    bias: Float[Array, "H Lq Lk"] | None = None,
 ) -> Float[Array, "B Lq H K"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
 
@@ -29,6 +49,7 @@ def attend(
         value: `(B, Lk, G, K)`.
         key_mask: which keys exist, `(B, Lk)`.
         visible: the rule who may see whom, `(Lq, Lk)`, a constant.
+        bias: added to the scores, `(H, Lq, Lk)`.
 
     Returns:
         `(B, Lq, H, K)`. A query that may see no key gets zeros, in value and in gradient.
@@ -38,6 +59,8 @@ def attend(
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     query = query * (1.0 / math.sqrt(query.shape[-1]))
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)  # (B, H, Lq, Lk)
+    if bias is not None:
+        scores = scores + bias
     if key_mask is not None:
         scores = jnp.where(key_mask[:, None, None, :], scores, LOWEST)
     if visible is not None:
@@ -53,7 +76,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x (B, L, D)` to `context (B, M, D')`, or to itself."""
+    """Multi-head attention of `x (B, L, D)` to itself, or to `context (B, M, D')`."""
 
     heads: int
     head_size: int
@@ -61,25 +84,25 @@ class Attention(nn.Module):
     bias: bool
     qk_norm: bool
     eps: float
+    rotary: float | None
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        context: jax.Array,
-        context_mask: jax.Array | None = None,
-        visible: np.ndarray | None = None,
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
+        """Where there is a context, `sight` tells of its tokens, and positions play no part."""
+
         def heads(y: jax.Array, count: int, name: str) -> jax.Array:  # (B, L, D) -> (B, L, H, K)
             dense = nn.DenseGeneral((count, self.head_size), use_bias=self.bias, dtype=self.dtype, name=name)
             return constrain(dense(y), "batch", "length", "heads", "head")
 
         query = heads(x, self.heads, "query")
-        key, value = (heads(context, self.kv_heads, name) for name in ("key", "value"))
+        key, value = (heads(x if context is None else context, self.kv_heads, name) for name in ("key", "value"))
         if self.qk_norm:
             query = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(epsilon=self.eps, dtype=self.dtype, name="key_norm")(key)
-        y = attend(query, key, value, context_mask, visible)  # (B, L, H, K)
+        if self.rotary and context is None:
+            where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
+            query, key = (rotate(y, where, self.rotary) for y in (query, key))
+        y = attend(query, key, value, sight.mask, sight.visible, sight.bias)  # (B, L, H, K)
         out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, name="out")
         return out(y)

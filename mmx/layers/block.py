@@ -6,6 +6,8 @@
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, at_least, unknown
-from mmx.layers.attention import Attention
+from mmx.layers.attention import Attention, Sight
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
 from mmx.parallel import constrain
@@ -46,6 +48,10 @@ class BlockConfig:
     """The norms' epsilon."""
     bias: bool = True
     """Whether dense layers have biases."""
+    rotary: float | None = None
+    """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
+    relative: int | None = None
+    """Buckets of T5's relative positions, one table for a stack; None: none."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None
@@ -71,6 +77,8 @@ class BlockConfig:
             raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
         if self.head_size is None and self.width % self.heads:
             raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
+        if self.relative is not None and (self.relative < 4 or self.relative % 4):
+            raise InputError(f"block: relative={self.relative}; the number of buckets is a multiple of 4")
         if self.heads % (self.kv_heads or self.heads):
             raise InputError(f"block: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 
@@ -84,28 +92,50 @@ def sublayer_names(word: str) -> list[tuple[str, str]]:
     return [(kind if kind not in kinds[:i] else f"{kind}_{kinds[:i].count(kind)}", kind) for i, kind in enumerate(kinds)]
 
 
+def each_part(x: jax.Array, parts: Sequence[tuple[str, int]], make: Callable[[str], Any]) -> jax.Array:
+    """Applies `make("")` to `x (B, L, D)`, or, where there are parts, `make("_NAME")` to each part of its tokens."""
+    if not parts:
+        return make("")(x)
+    pieces = jnp.split(x, np.cumsum([length for _, length in parts])[:-1], axis=1)
+    return jnp.concatenate([make(f"_{name}")(piece) for (name, _), piece in zip(parts, pieces, strict=True)], 1)
+
+
 class Block(nn.Module):
-    """One block: `x (B, L, D) -> (B, L, D)`; `cross` reads `context (B, M, D)` and adds zero where there is none."""
+    """One block: `x (B, L, D) -> (B, L, D)`; `cross` reads `context (B, M, D)` and adds zero where there is none.
+
+    Args:
+        config: what varies between published blocks.
+        sublayers: the word.
+        parts: `(name, length)` of each stream that `x` is a concatenation of.
+        multiway: what each of those streams has for itself, of "mlp" and "norm" (BEiT-3, arXiv 2208.10442).
+    """
 
     config: BlockConfig
     sublayers: str = "self mlp"
+    parts: tuple[tuple[str, int], ...] = ()
+    multiway: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None = None,
-        visible: np.ndarray | None = None,
+        sight: Sight = Sight(),
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         drop_path: jax.Array | float = 0.0,
     ) -> jax.Array:
         c = self.config
+        norms, mlps = (self.parts if what in self.multiway else () for what in ("norm", "mlp"))
         for name, kind in sublayer_names(self.sublayers):
-            norm = make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm")
+
+            def norm(x: jax.Array, name: str = name) -> jax.Array:
+                return each_part(x, norms, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm{end}"))
+
             y = norm(x) if c.norm == "pre" else x
             if kind == "mlp":
-                y = MLP(c.mlp or 4 * c.width, c.activation, c.bias, c.dtype, name=name)(y)
+                y = each_part(
+                    y, mlps, lambda end, name=name: MLP(c.mlp or 4 * c.width, c.activation, c.bias, c.dtype, name=name + end)
+                )
             else:
                 attention = Attention(
                     heads=c.heads,
@@ -114,15 +144,16 @@ class Block(nn.Module):
                     bias=c.bias,
                     qk_norm=c.qk_norm,
                     eps=c.eps,
+                    rotary=c.rotary,
                     dtype=c.dtype,
                     name=name,
                 )
                 if kind == "self":
-                    y = attention(y, y, mask, visible)
+                    y = attention(y, sight)
                 elif context is None:
                     y = jnp.zeros_like(x)
                 else:
-                    y = attention(y, context, context_mask)
+                    y = attention(y, Sight(context_mask), context)
                     if context_mask is not None:  # nothing to read: not even the bias of the output
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:

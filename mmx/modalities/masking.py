@@ -1,12 +1,14 @@
-"""What every modality does with `Masked` input, and with the tokens of what is not there."""
+"""What every modality does with `Masked` input, with the tokens of what is not there, and with what training hides."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmx.errors import InputError
-from mmx.types import Masked
+from mmx.types import Batch, Masked
 
 
 def unmask(raw: Any) -> tuple[Any, Any]:
@@ -14,7 +16,7 @@ def unmask(raw: Any) -> tuple[Any, Any]:
     return (raw.array, raw.mask) if isinstance(raw, Masked) else (raw, None)
 
 
-def token_mask(mask: Any, shape: tuple[int, int]) -> jax.Array | None:
+def token_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
     """A mask over examples `(B,)` or over tokens `(B, L)` as one over tokens; None stays None."""
     if mask is None:
         return None
@@ -24,6 +26,43 @@ def token_mask(mask: Any, shape: tuple[int, int]) -> jax.Array | None:
     if mask.shape[0] != shape[0] or mask.shape[1] not in (1, shape[1]):
         raise InputError(f"mask has shape {mask.shape}; expected (B,) or (B, L) for tokens of shape {shape}")
     return jnp.broadcast_to(mask, shape)
+
+
+def shorter_mask(mask: Any, shape: tuple[int, ...], at: np.ndarray) -> tuple[jax.Array | None, jax.Array | None]:
+    """A mask over `(B,)` or over what was put in, `(B, T)`, as one over that and one over the tokens made of it.
+
+    `at (L,)` says for each token the place in T on which its existence hangs.
+    """
+    here = token_mask(mask, shape)
+    return (None, None) if here is None else (here, here[:, at])
+
+
+def drop_modalities(batch: Batch, names: Iterable[str], rate: float, key: jax.Array) -> Batch:
+    """Hides each named modality of each example with probability `rate` (modality dropout), for training.
+
+    The last modality that an example has is never dropped, and one that it does not have stays absent.
+    """
+    names = [name for name in names if name in batch]
+    present = jnp.stack([_present(batch[name]) for name in names], 1)  # (B, M)
+    drawn = jax.random.uniform(key, present.shape)
+    keep = present & (drawn >= rate)
+    spared = jax.nn.one_hot(jnp.where(present, drawn, -1.0).argmax(1), len(names), dtype=bool) & present
+    keep = jnp.where(keep.any(1, keepdims=True), keep, spared)
+    dropped = {}
+    for i, name in enumerate(names):
+        array, mask = unmask(batch[name])
+        here = keep[:, i]
+        mask = here if mask is None else mask & here.reshape(-1, *[1] * (mask.ndim - 1))
+        dropped[name] = Masked(array, mask)
+    return {**batch, **dropped}
+
+
+def _present(raw: Any) -> jax.Array:
+    """Which examples have any of a raw value: `(B,)`."""
+    array, mask = unmask(raw)
+    if mask is None:
+        return jnp.ones(jax.tree.leaves(array)[0].shape[0], bool)
+    return mask.reshape(mask.shape[0], -1).any(1)
 
 
 def hide(values: jax.Array, mask: jax.Array | None) -> jax.Array:

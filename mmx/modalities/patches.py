@@ -1,5 +1,10 @@
-"""Patches of an image through one linear map. Survey table 1: "RGB patch, linear projection" (ViT, arXiv 2010.11929)."""
+"""Patches through one linear map: of images, of videos (tubelets), of spectrograms, of volumes (voxels).
 
+Survey table 1: "RGB patch", "video voxel", "audio spectrogram patch", "sketch picture patch", all "linear projection"
+(ViT, arXiv 2010.11929; VATT, arXiv 2104.11178; MBT, arXiv 2107.00135).
+"""
+
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -7,53 +12,122 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers.positions import sample
+from mmx.modalities.embedder import INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask, unmask
-from mmx.types import Tokens
+from mmx.types import Masked, Tokens
 
 
-class Patches(nn.Module):
-    """Images `(B, height, width, C)` -> Tokens `(B, L, D)`, L patches in row-major order, with a learned position.
+class Patches(Embedder):
+    """Arrays `(B, *size, C)` -> Tokens `(B, L, D)`, L patches in row-major order.
 
     Args:
-        size: (height, width) in pixels.
-        patch: (height, width) of a patch; divides `size`.
+        size: (height, width) in pixels; (frames, height, width) of a video; (mel bins, frames) of a spectrogram;
+            (depth, height, width) of a volume. A last axis of channels follows.
+        patch: the same for a patch; divides `size`.
         channels: C.
-        width: size of a token, D; None: the model's.
-        mean: of a uint8 image divided by 255; integer images are normalised here, floating-point ones are taken as they are.
+        mean: of an integer image divided by 255; integer images are normalised here, floating-point ones are taken as they are.
         std: likewise.
+        resize: whether other sizes that are multiples of `patch` are welcome; positions are then resampled to them.
     """
 
-    size: tuple[int, int]
-    patch: tuple[int, int]
+    size: tuple[int, ...]
+    patch: tuple[int, ...]
     channels: int = 3
-    width: int | None = None
     mean: float = 0.5
     std: float = 0.5
-    dtype: Any = "float32"
+    resize: bool = False
+
+    reads = ("image",)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row."""
-        if min(self.patch) < 1 or self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
-            raise InputError(f"patches: size={tuple(self.size)} is not a multiple of patch={tuple(self.patch)}")
-        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+    def grid(self) -> tuple[int, ...]:
+        return self._grid_of(self.size)
+
+    def _grid_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        fits = (
+            len(self.patch) == len(size)
+            and min(self.patch) >= 1
+            and not any(s % p for s, p in zip(size, self.patch, strict=True))
+        )
+        if not fits:
+            raise InputError(f"patches: size={tuple(size)} is not a multiple of patch={tuple(self.patch)}")
+        return tuple(s // p for s, p in zip(size, self.patch, strict=True))
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        image, mask = unmask(raw)
-        expected = (*self.size, self.channels)
-        if image.ndim != 4 or image.shape[1:] != expected:
+        raw, mask = unmask(raw)
+        fields = self.fields(raw)
+        image = fields["image"]
+        size, expected = image.shape[1:-1], (*self.size, self.channels)
+        if len(size) != len(self.size) or image.shape[-1] != self.channels or (size != tuple(self.size) and not self.resize):
             raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
-        if jnp.issubdtype(image.dtype, jnp.integer):
-            image = (image.astype(self.dtype) / 255 - self.mean) / self.std
-        (rows, columns), (height, width) = self.grid, self.patch
-        x = image.astype(self.dtype).reshape(-1, rows, height, columns, width, self.channels)
-        x = x.swapaxes(2, 3).reshape(image.shape[0], rows * columns, -1)  # (B, L, pixels)
+        x = normalise(image, self.mean, self.std, self.dtype)
+        grid = self._grid_of(size)
+        x = x.reshape(-1, *[n for pair in zip(grid, self.patch, strict=True) for n in pair], self.channels)
+        axes = range(1, 2 * len(grid), 2)
+        x = x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(image), math.prod(grid), -1)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
         x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
-        position = self.param("position", nn.initializers.normal(0.02), (rows * columns, self.width))
-        return Tokens(hide(x + position.astype(self.dtype), mask), mask)
+        return self.fuse(x, mask, fields, grid)
 
-    def example(self, batch_size: int) -> jax.Array:
+    def example(self, batch_size: int) -> Any:
         """A batch of the right form, for building parameters and for tests."""
-        return jnp.zeros((batch_size, *self.size, self.channels), jnp.uint8)
+        return self.with_tables(jnp.zeros((batch_size, *self.size, self.channels), jnp.uint8), batch_size)
+
+
+class PackedPatches(Embedder):
+    """Patches cut from images of any size and shape, as many as there is room for: `{"patches", "place", "extent"}`.
+
+    Variable resolution and aspect ratio without a program for every size (NaViT, arXiv 2307.06304; NaFlex of SigLIP 2,
+    arXiv 2502.14786): `mmx.data.image.cut_patches` makes on the host what this embedder reads, in a `Masked`:
+
+        patches (B, L, pixels)   place (B, L, 2) row and column   extent (B, 2) rows and columns of the image
+
+    Args:
+        length: most patches of an image, L.
+        patch: (height, width) in pixels.
+        grid_size: (rows, columns) of the learned positions, which every image reads at its own resolution.
+        channels: C.
+    """
+
+    length: int
+    patch: tuple[int, int]
+    grid_size: tuple[int, int] = (16, 16)
+    channels: int = 3
+    mean: float = 0.5
+    std: float = 0.5
+
+    reads = ("patches", "place", "extent")
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @nn.compact
+    def __call__(self, raw: Any) -> Tokens:
+        raw, mask = unmask(raw)
+        fields = self.fields(raw)
+        x, pixels = fields["patches"], math.prod(self.patch) * self.channels
+        if x.ndim != 3 or x.shape[2] != pixels:
+            raise InputError(f"{self.name}: expected patches of shape (B, L, {pixels}), got {x.shape}")
+        mask = token_mask(mask, x.shape[:2])
+        x = hide(normalise(x, self.mean, self.std, self.dtype), mask)
+        x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
+        table = self.param("position", INITIAL, (math.prod(self.grid_size), self.width))
+        place = fields["place"].astype(jnp.float32)
+        return self.fuse(x, mask, fields, (x.shape[1],), sample(table, self.grid_size, place, fields["extent"]), place)
+
+    def example(self, batch_size: int) -> Masked:
+        """A batch of the right form, for building parameters and for tests."""
+        shape = (batch_size, self.length)
+        patches = jnp.zeros((*shape, math.prod(self.patch) * self.channels), jnp.uint8)
+        arrays = {"patches": patches, "place": jnp.zeros((*shape, 2), jnp.int32), "extent": jnp.ones((batch_size, 2), jnp.int32)}
+        return Masked(self.with_tables(arrays, batch_size), jnp.ones(shape, bool))
+
+
+def normalise(image: jax.Array, mean: float, std: float, dtype: Any) -> jax.Array:
+    """Integer pixels 0..255 -> (pixels / 255 - mean) / std; floating-point ones are taken as they are."""
+    if jnp.issubdtype(image.dtype, jnp.integer):
+        image = (image.astype(dtype) / 255 - mean) / std
+    return image.astype(dtype)

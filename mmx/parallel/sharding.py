@@ -23,9 +23,13 @@ TABLE = (
     (r"(^|/)up/bias$", "-> mlp"),
     (r"(^|/)down/kernel$", "mlp -> embed"),
     (r"(^|/)patch/kernel$", "pixels -> embed"),
+    (r"(^|/)conv[^/]*/kernel$", "pixels pixels -> embed"),
+    (r"(^|/)plane[^/]*/kernel$", "pixels pixels pixels -> embed"),
+    (r"(_linear|(^|/)linear)/kernel$", "pixels -> embed"),
     (r"(^|/)token/embedding$", "vocab -> embed"),
+    (r"(^|/)embedding$", "length -> embed"),  # a small table: segments, rows, states of a pen
     (r"decoder_bias$", "-> vocab"),
-    (r"(^|/)position$", "length -> embed"),
+    (r"(^|/)(position|special|token)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
     (r"(^|/)classifier/kernel$", "embed -> head"),
     (r"(scale|bias|logit_scale|weight)[^/]*$", ""),  # small vectors and scalars: every device holds them

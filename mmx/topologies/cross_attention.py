@@ -7,7 +7,8 @@ Models: ViLBERT, LXMERT, ActBERT. Survey 3.3.2 (e), "co-attention".
 """
 
 from mmx.layers import BlockConfig
-from mmx.topologies.stages import Cross, Stage
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import Cross
 
 
 def cross_attention(cross_depth: int, block: BlockConfig | None = None) -> tuple[Stage, ...]:

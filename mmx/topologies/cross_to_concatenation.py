@@ -7,7 +7,8 @@ Cost: sum over m of N_m * N_others, then (sum of N_m)^2. Models: MulT, Product1M
 """
 
 from mmx.layers import BlockConfig
-from mmx.topologies.stages import Cross, Joint, Stage
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import Cross, Joint
 
 
 def cross_to_concatenation(cross_depth: int, joint_depth: int, block: BlockConfig | None = None) -> tuple[Stage, ...]:

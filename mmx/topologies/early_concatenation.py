@@ -6,7 +6,8 @@ Cost: (sum of N_m)^2. Models: VideoBERT, VisualBERT, UNITER, ViLT. Survey 3.3.2 
 """
 
 from mmx.layers import BlockConfig
-from mmx.topologies.stages import Joint, Stage
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import Joint
 
 
 def early_concatenation(depth: int, block: BlockConfig | None = None) -> tuple[Stage, ...]:

@@ -7,7 +7,8 @@ Models: Actor-Transformers; every sum of token, position and segment embeddings.
 """
 
 from mmx.layers import BlockConfig
-from mmx.topologies.stages import FUSED, PerStream, Stage, Sum
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import FUSED, PerStream, Sum
 
 
 def early_summation(depth: int, block: BlockConfig | None = None) -> tuple[Stage, ...]:

@@ -6,7 +6,8 @@ Cost: sum over m of N_m^2, then (sum of N_m)^2. Models: FLAVA, UniVL, CBT, AI Ch
 """
 
 from mmx.layers import BlockConfig
-from mmx.topologies.stages import Joint, PerStream, Stage
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import Joint, PerStream
 
 
 def multi_to_one(stream_depth: int, joint_depth: int, block: BlockConfig | None = None) -> tuple[Stage, ...]:

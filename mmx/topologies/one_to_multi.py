@@ -7,7 +7,8 @@ Cost: (sum of N_m)^2, then sum over m of N_m^2. Models: InterBERT. Survey 3.3.2 
 """
 
 from mmx.layers import BlockConfig
-from mmx.topologies.stages import Joint, PerStream, Stage
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import Joint, PerStream
 
 
 def one_to_multi(joint_depth: int, stream_depth: int, block: BlockConfig | None = None) -> tuple[Stage, ...]:

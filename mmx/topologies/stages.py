@@ -1,9 +1,4 @@
-"""The stages: a stage maps streams to streams, and a topology is a tuple of stages.
-
-Conventions, the same for all: streams come in the order of the model's modalities; a stream that is absent from the
-whole batch is no key, one that is absent from an example is a mask that is all False, and both give the same numbers;
-tokens that are masked are seen by nobody; a causal stream stays causal. A stage whose `block` is None uses the model's.
-"""
+"""The four stages that the six topologies are made of; `mmx.topologies.latents` adds two that exchange through learned tokens."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,23 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import InputError
-from mmx.layers import Block, BlockConfig, Stack, make_norm, visibility
-from mmx.layers.stack import drop_path_rates, scan_layers
+from mmx.errors import InputError, unknown
+from mmx.layers import Block, BlockConfig, Sight, Stack, make_norm
+from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
+from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, sight, split
 from mmx.types import Streams, Tokens
 
 FUSED = "fused"  # the name of the stream that summation leaves
-
-
-class Stage(nn.Module):
-    """What maps streams to streams. Subclasses are called as `stage(streams) -> streams`.
-
-    `separate` says that streams keep apart: what no stream may see (a causal one) changes no other stream.
-    """
-
-    @property
-    def separate(self) -> bool:
-        return True
+MULTIWAY = ("mlp", "norm")
 
 
 class Sum(Stage):
@@ -67,7 +53,8 @@ class Sum(Stage):
         values = total / jnp.where(mask, norm, 1)[..., None]  # (B, L, D)
         dtype = next(iter(streams.values())).values.dtype
         causal = any(tokens.causal for tokens in streams.values())
-        return {FUSED: Tokens(values.astype(dtype), mask, causal)}
+        where = next(tokens.coordinates for tokens in streams.values() if tokens.values.shape[1] == length)
+        return {FUSED: Tokens(values.astype(dtype), mask, where, causal)}
 
     def _weight(self, name: str) -> Any:
         weight = (self.weights or {}).get(name, 1.0)
@@ -108,10 +95,10 @@ class PerStream(Stage):
             block = self.block[name] if isinstance(self.block, Mapping) else self.block
             owner = "shared" if self.share else name
             if owner not in stacks:
-                stacks[owner] = Stack(depth, _given(block, self), self.sublayers, name=owner)
-            visible = visibility([tokens.values.shape[1]], [tokens.causal or name in self.causal])
-            x = _fit(tokens, stacks[owner].config.width, name).values
-            new[name] = dataclasses.replace(tokens, values=stacks[owner](x, tokens.mask, visible))
+                stacks[owner] = Stack(depth, given(block, self), self.sublayers, name=owner)
+            tokens = fit(tokens, stacks[owner].config.width, name)
+            read = dataclasses.replace(tokens, causal=tokens.causal or name in self.causal)
+            new[name] = dataclasses.replace(tokens, values=stacks[owner](tokens.values, sight({name: read})))
         return new
 
 
@@ -120,23 +107,31 @@ class Joint(Stage):
 
         C(Z_1, ..., Z_M) = Tf(C(Z_1, ..., Z_M))
 
-    All see all, but for causal streams: see `mmx.layers.visibility` for the drawing.
+    Args:
+        depth: layers.
+        sees: for a stream the others it may see; a stream that is not named sees all. None: all see all, but for causal
+            streams: `mmx.layers.visibility` has the drawing.
+        multiway: what every stream has for itself, of "mlp" and "norm", beside the attention they share (BEiT-3).
     """
 
     depth: int
     block: BlockConfig | None = None
     sublayers: str = "self mlp"
+    sees: Mapping[str, tuple[str, ...]] | None = None
+    multiway: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         if self.depth == 0:
             return streams
-        block = _given(self.block, self)
-        streams = {name: _fit(tokens, block.width, name) for name, tokens in streams.items()}
-        joint = concatenate(streams)
-        visible = visibility([t.values.shape[1] for t in streams.values()], [t.causal for t in streams.values()])
-        values = Stack(self.depth, block, self.sublayers, name="stack")(joint.values, joint.mask, visible)
-        return split(values, streams)
+        for what in self.multiway:
+            if what not in MULTIWAY:
+                raise InputError("Joint.multiway: " + unknown("part of a block", what, MULTIWAY))
+        block = given(self.block, self)
+        streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
+        parts = tuple(lengths(streams).items())
+        stack = Stack(self.depth, block, self.sublayers, parts, self.multiway, name="stack")
+        return split(stack(concatenate(streams).values, sight(streams, self.sees)), streams)
 
 
 class Cross(Stage):
@@ -152,6 +147,7 @@ class Cross(Stage):
         sublayers: the word of every block; `"cross self mlp"` (LXMERT) keeps the context inside a stream, `"cross mlp"`
             (MulT) is the survey's bare formula.
         edges: for each stream the streams it reads; a stream that is not named reads nothing. None: all others.
+        original: read the others as they entered the stage (MulT), not as the layer before left them.
         share: one set of weights for all streams (LXMERT's shared cross-attention) instead of one each.
     """
 
@@ -159,22 +155,26 @@ class Cross(Stage):
     block: BlockConfig | None = None
     sublayers: str = "cross self mlp"
     edges: Mapping[str, tuple[str, ...]] | None = None
+    original: bool = False
     share: bool = False
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         if self.depth == 0:
             return streams
-        block = _given(self.block, self)
-        streams = {name: _fit(tokens, block.width, name) for name, tokens in streams.items()}
+        block = given(self.block, self)
+        streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
         carry = {name: t.values for name, t in streams.items()}
-        shared = {name: dataclasses.replace(t, values=None) for name, t in streams.items()}
+        owners = dict.fromkeys(self._owner(name) for name in streams)
+        relative = {owner: relative_positions(block, f"{owner}_relative") for owner in owners}
+        sights = {n: relative[self._owner(n)](sight({n: t}), [t.values.shape[1]]) for n, t in streams.items()}
+        context = streams if self.original else {name: dataclasses.replace(t, values=None) for name, t in streams.items()}
         sources = {name: self._sources(name, streams) for name in streams}
         layers = scan_layers(_CrossLayer, self.depth, block)
         layers = layers(block, self.sublayers, sources, self.share, name="layers")
-        carry, _ = layers(carry, drop_path_rates(self.depth, block), (shared,))
+        carry, _ = layers(carry, drop_path_rates(self.depth, block), (sights, context))
         if block.norm == "pre":
-            norms = {n: make_norm(block.norm_kind, block.eps, block.dtype, n) for n in self._owners(streams)}
+            norms = {n: make_norm(block.norm_kind, block.eps, block.dtype, f"{n}_norm") for n in owners}
             carry = {name: norms[self._owner(name)](x) for name, x in carry.items()}
         return {name: dataclasses.replace(t, values=carry[name]) for name, t in streams.items()}
 
@@ -183,10 +183,7 @@ class Cross(Stage):
         return tuple(n for n in named if n in streams and n != name and not streams[n].causal)
 
     def _owner(self, name: str) -> str:
-        return "shared_norm" if self.share else f"{name}_norm"
-
-    def _owners(self, streams: Streams) -> list[str]:
-        return list(dict.fromkeys(self._owner(name) for name in streams))
+        return "shared" if self.share else name
 
 
 class _CrossLayer(nn.Module):
@@ -197,61 +194,23 @@ class _CrossLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, values: dict[str, jax.Array], rate: jax.Array, shared: tuple[Streams]
+        self, values: dict[str, jax.Array], rate: jax.Array, shared: tuple[dict[str, Sight], Streams]
     ) -> tuple[dict[str, jax.Array], None]:
-        (shape,) = shared
-        streams = {name: dataclasses.replace(shape[name], values=values[name]) for name in self.sources}
+        sights, entered = shared
+
+        def read(name: str) -> Tokens:
+            tokens = entered[name]
+            return tokens if tokens.values is not None else dataclasses.replace(tokens, values=values[name])
+
         blocks: dict[str, Block] = {}
         new = {}
         for name, sources in self.sources.items():
             owner = "shared" if self.share else name
             if owner not in blocks:
                 blocks[owner] = Block(self.config, self.sublayers, name=owner)
-            tokens = streams[name]
-            visible = visibility([tokens.values.shape[1]], [tokens.causal])
-            context = concatenate({n: streams[n] for n in sources}) if sources else None
-            new[name] = blocks[owner](
-                tokens.values, tokens.mask, visible, *((None, None) if context is None else (context.values, context.mask)), rate
-            )
+            context = concatenate({n: read(n) for n in sources}) if sources else Tokens(None)  # type: ignore[arg-type]
+            new[name] = blocks[owner](values[name], sights[name], context.values, context.mask, rate)
         return new, None
-
-
-def concatenate(streams: Streams) -> Tokens:
-    """C(Z_1, ..., Z_M): all tokens of all streams in one, `(B, sum of L, D)`."""
-    masks = [tokens.mask for tokens in streams.values()]
-    whole = all(mask is None for mask in masks)
-    return Tokens(
-        jnp.concatenate([tokens.values for tokens in streams.values()], 1),
-        None if whole else jnp.concatenate([tokens.dense_mask for tokens in streams.values()], 1),
-    )
-
-
-def split(values: jax.Array, streams: Streams) -> Streams:
-    """Undoes `concatenate`: gives every stream its part of `values`."""
-    ends = np.cumsum([tokens.values.shape[1] for tokens in streams.values()])
-    parts = jnp.split(values, ends[:-1], axis=1)
-    return {name: dataclasses.replace(tokens, values=part) for (name, tokens), part in zip(streams.items(), parts, strict=True)}
-
-
-def fill_block(stage: Stage, block: BlockConfig) -> Stage:
-    """Returns the stage with `block` where it has none of its own."""
-    if getattr(stage, "block", block) is None:
-        return dataclasses.replace(stage, block=block)  # pyright: ignore[reportCallIssue]
-    return stage
-
-
-def _given(block: BlockConfig | None, stage: Stage) -> BlockConfig:
-    if block is None:
-        raise InputError(f"{type(stage).__name__}: no block; pass one, or build the model with mmx.build_model")
-    return block
-
-
-def _fit(tokens: Tokens, width: int, name: str) -> Tokens:
-    """Projects the tokens of stream `name` to `width` where they have another one."""
-    if tokens.values.shape[-1] == width:
-        return tokens
-    project = nn.Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
-    return dataclasses.replace(tokens, values=project(tokens.values))
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:

@@ -18,7 +18,7 @@ from mmx.layers import BlockConfig
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.parallel import MeshConfig
-from mmx.topologies import TOPOLOGIES, Stage
+from mmx.topologies import BEYOND, TOPOLOGIES, Stage
 from mmx.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -90,7 +90,7 @@ class Experiment:
 
     topology: str = "multi_to_one"
     """How modalities attend to each other: early_summation, early_concatenation, multi_to_one, one_to_multi,
-    cross_attention or cross_to_concatenation."""
+    cross_attention or cross_to_concatenation; and bottleneck or latent, beside the survey's six."""
     steps: int = 320
     """Optimizer steps."""
     batch_size: int = 128
@@ -108,6 +108,8 @@ class Experiment:
     modalities: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"image": Patches((32, 32), (8, 8)), "text": Ids(1024, 21)}
     )
+    modality_dropout: float = 0.0
+    """How often a modality of an example is hidden in training; never the last one it has, and never in evaluation."""
     stages: Annotated[tuple[Stage, ...], tyro.conf.Suppress] = ()
     """An own topology, from a configuration file; it replaces `topology`."""
     objectives: dict[str, Any] = dataclasses.field(
@@ -127,11 +129,13 @@ class Experiment:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, batch_size=1, microbatches=1, seed=0)
+        at_least(self, steps=1, batch_size=1, microbatches=1, seed=0, modality_dropout=0)
+        if self.modality_dropout >= 1:
+            raise InputError(f"modality_dropout={self.modality_dropout}; it has to be less than 1")
         if self.batch_size % self.microbatches:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatches={self.microbatches}")
-        if not self.stages and self.topology not in TOPOLOGIES:
-            raise InputError(unknown("topology", self.topology, TOPOLOGIES))
+        if not self.stages and self.topology not in TOPOLOGIES | BEYOND:
+            raise InputError(unknown("topology", self.topology, TOPOLOGIES | BEYOND))
         if not self.active_objectives:
             raise InputError("objectives: every weight is 0; there is nothing to train")
         make_schedule(self.optimizer, self.steps)

@@ -75,7 +75,7 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
         with naming(f"evaluators.{name}"):
             evaluator.check(data)
 
-    task = Task(experiment.build_model(), experiment.active_objectives)
+    task = Task(experiment.build_model(), experiment.active_objectives, experiment.modality_dropout)
     config = experiment.optimizer
     optimizer, schedule = make_optimizer(config, experiment.steps), make_schedule(config, experiment.steps)
     state, layout = make_state(task.model, optimizer, bool(config.ema), experiment.seed, mesh)

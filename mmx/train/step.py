@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from mmx import objectives as objectives_
+from mmx.modalities.masking import drop_modalities
 from mmx.model import MultimodalTransformer
 from mmx.objectives import Objective
 from mmx.parallel import batch_sharding, replicated
@@ -24,9 +25,13 @@ class Task:
 
     model: MultimodalTransformer
     objectives: Mapping[str, Objective]
+    modality_dropout: float = 0.0
 
     def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
-        """Adds the objectives' own entries to the batch."""
+        """Hides modalities, if wanted, and adds the objectives' own entries to the batch."""
+        if self.modality_dropout:
+            drop_key, key = jax.random.split(key)
+            batch = drop_modalities(batch, self.model.modalities, self.modality_dropout, drop_key)
         return objectives_.corrupt(self.objectives, batch, key)
 
     def forward(self, params: Params, batch: Batch, key: jax.Array | None) -> Any:

@@ -1,0 +1,122 @@
+"""Where a token stands: on a line, on a grid, in time, in a box. Pure functions of coordinates.
+
+Coordinates are `(..., A)` with A axes: (place,) in a sequence, (row, column) in an image, (time, row, column) in a video.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.errors import InputError
+
+
+def grid_coordinates(grid: tuple[int, ...]) -> np.ndarray:
+    """The coordinates of the cells of a grid in row-major order: `(L, A)` float32."""
+    return np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, len(grid)).astype(np.float32)
+
+
+def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000.0) -> jax.Array:
+    """Sines and cosines of each axis, one after the other: `(..., A) -> (..., D)` (arXiv 1706.03762, 3.5; 2D: MAE).
+
+    Each axis has an equal, even share of the width: its sines, then its cosines. What cannot be shared out stays zero.
+    """
+    coordinates = jnp.asarray(coordinates, jnp.float32)
+    axes = coordinates.shape[-1]
+    count = width // (2 * axes)  # frequencies of an axis
+    if count == 0:
+        raise InputError(f"positions: width={width} is too small for sines and cosines of {axes} axes; it needs {2 * axes}")
+    frequencies = base ** (-np.arange(count) / count)
+    angles = coordinates[..., None] * frequencies  # (..., A, count)
+    out = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*coordinates.shape[:-1], -1)
+    return jnp.pad(out, [(0, 0)] * (out.ndim - 1) + [(0, width - out.shape[-1])])
+
+
+def fourier(coordinates: np.ndarray | jax.Array, bands: int, resolution: tuple[int, ...]) -> jax.Array:
+    """Fourier features of Perceiver (arXiv 2103.03206, 3.2): `(..., A) -> (..., A (2 bands + 1))`.
+
+    Coordinates are scaled to -1..1 by the resolution of each axis; frequencies lie evenly between 1 and half of it.
+    """
+    scale = np.maximum(np.asarray(resolution, np.float32) - 1, 1)
+    x = 2 * jnp.asarray(coordinates, jnp.float32) / scale - 1
+    frequencies = np.stack([np.linspace(1.0, max(size / 2, 1.0), bands) for size in resolution])  # (A, bands)
+    angles = math.pi * x[..., None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles), x[..., None]], -1).reshape(*x.shape[:-1], -1)
+
+
+def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...]) -> jax.Array:
+    """A table of learned positions for another grid: `(prod(old), D) -> (prod(new), D)`, cubic, smoothed where it shrinks."""
+    if old == new:
+        return table
+    grid = table.reshape(*old, -1)
+    return jax.image.resize(grid, (*new, grid.shape[-1]), "cubic").reshape(-1, grid.shape[-1]).astype(table.dtype)
+
+
+def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size: jax.Array) -> jax.Array:
+    """Reads a table of learned positions at any place of images of any size, linearly.
+
+    Args:
+        table: `(rows * columns, D)`.
+        grid: (rows, columns) of the table.
+        coordinates: (row, column) of every patch in its own image, `(B, L, 2)`.
+        size: rows and columns of that image, `(B, 2)`.
+
+    Returns:
+        `(B, L, D)`: the same as resampling the table to each image's grid without smoothing.
+    """
+    cells = jnp.asarray(grid, jnp.float32)
+    at = (coordinates + 0.5) * cells / jnp.maximum(size, 1)[:, None].astype(jnp.float32) - 0.5
+    at = jnp.clip(at, 0, cells - 1)  # (B, L, 2)
+    low = jnp.floor(at)
+    share = at - low
+    low = low.astype(jnp.int32)
+    high = jnp.minimum(low + 1, cells.astype(jnp.int32) - 1)
+    out = jnp.zeros((*coordinates.shape[:2], table.shape[-1]), table.dtype)
+    for row, row_share in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+        for column, column_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+            out += table[row * grid[1] + column] * (row_share * column_share)[..., None].astype(table.dtype)
+    return out
+
+
+def rotate(x: jax.Array, coordinates: np.ndarray | jax.Array, base: float) -> jax.Array:
+    """Rotary positions (RoFormer, arXiv 2104.09864): turns pairs of `x (B, L, H, K)` by the coordinates `(L, A)` or `(B, L, A)`.
+
+    Frequency j belongs to axis j mod A, so a text whose place is the same number on every axis is turned as by the usual
+    rotary positions of one axis, whatever grids stand beside it. The pair of number j is number j + K / 2, as in GPT-NeoX.
+    """
+    size = x.shape[-1]
+    if size % 2:
+        raise InputError(f"rotary positions turn pairs of numbers: head_size={size} is odd")
+    coordinates = jnp.asarray(coordinates, jnp.float32)
+    frequencies = base ** (-np.arange(size // 2) / (size // 2))
+    axis = np.arange(size // 2) % coordinates.shape[-1]
+    angles = (coordinates[..., axis] * frequencies)[..., None, :]  # ([B,] L, 1, K / 2)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def distance_buckets(distance: np.ndarray, buckets: int, furthest: int = 128) -> np.ndarray:
+    """T5's buckets of relative positions (arXiv 1910.10683, 2.1): int -> 0..buckets-1; half of them for each direction.
+
+    Half of a direction's buckets hold one distance each; the others grow up to `furthest`, and the last holds the rest.
+    """
+    half = buckets // 2
+    exact = half // 2
+    away = np.abs(distance)
+    growing = np.log(np.maximum(away, 1) / exact) / math.log(furthest / exact) * (half - exact)
+    return np.where(distance > 0, half, 0) + np.where(away < exact, away, np.minimum(exact + growing.astype(int), half - 1))
+
+
+def box_geometry(boxes: jax.Array, numbers: int) -> jax.Array:
+    """The place and size of boxes `(..., 4)`, given as x1 y1 x2 y2 in parts of the image.
+
+    4 numbers: the box itself (LXMERT); 5: and its area (ViLBERT); 7: and width, height, area (UNITER).
+    """
+    x1, y1, x2, y2 = jnp.moveaxis(boxes, -1, 0)
+    width, height = x2 - x1, y2 - y1
+    more = {4: [], 5: [width * height], 7: [width, height, width * height]}
+    if numbers not in more:
+        raise InputError(f"boxes: {numbers} numbers; a box is described by 4, 5 or 7")
+    return jnp.stack([x1, y1, x2, y2, *more[numbers]], -1)

@@ -1,0 +1,153 @@
+"""What all embedders share: a token is a sum of embeddings, and tokens that are not there are hidden."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.errors import InputError, unknown
+from mmx.layers import make_norm
+from mmx.layers.positions import fourier, grid_coordinates, resample, sincos
+from mmx.modalities.masking import hide
+from mmx.types import Tokens
+
+POSITIONS = ("learned", "sincos", "fourier", "none")
+INITIAL = nn.initializers.normal(0.02)
+
+
+class Embedder(nn.Module, kw_only=True):
+    """Turns raw arrays into tokens. Subclasses make the values; `fuse` adds all that is summed to them.
+
+        token + position + sum of tables + sum of vectors + type (survey 3.1.1, "token embedding fusion")
+
+    The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
+    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`.
+
+    Args:
+        width: size of a token, D; None: the model's.
+        position: learned; sincos (1D, 2D or 3D by the grid); fourier (Perceiver, one linear map behind); none. None: what
+            is usual for the kind. Rotary and relative positions belong to attention: `mmx.layers.BlockConfig`.
+        tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
+            an integer array `(B, L)`.
+        vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,
+            mapped linearly.
+        special: learned tokens in front, by name: ("class",), ("class", "distillation").
+        type: whether a learned vector tells the modality (ViLT, FLAVA).
+        norm: eps of a LayerNorm on the sum (BERT: 1e-12); None: no norm.
+        dtype: type of the computation.
+    """
+
+    width: int | None = None
+    position: str | None = None
+    tables: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    special: tuple[str, ...] = ()
+    type: bool = False
+    norm: float | None = None
+    dtype: Any = "float32"
+
+    usual_position = "learned"
+    reads = ("array",)  # the names of what a subclass itself reads in a dict of raw arrays
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How the tokens lie: (L,) in a row, (rows, columns) in an image. The special ones are not among them."""
+        raise NotImplementedError
+
+    def fields(self, raw: Any) -> Mapping[str, Any]:
+        """The raw value as a dict that holds what this embedder reads, and nothing else."""
+        given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
+        wanted = (*self.reads, *self.tables, *self.vectors)
+        for name in given:
+            if name not in wanted:
+                raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
+        if missing := [name for name in wanted if name not in given]:
+            raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
+        return given
+
+    def with_tables(self, raw: Any, batch_size: int) -> Any:
+        """A raw value for `example`, with zeros for the tables and vectors."""
+        if not self.tables and not self.vectors:
+            return raw
+        shape = (batch_size, int(np.prod(self.grid)))
+        tables = {name: jnp.zeros(shape, jnp.int32) for name in self.tables}
+        vectors = {name: jnp.zeros((*shape, size), jnp.float32) for name, size in self.vectors.items()}
+        return {**(raw if isinstance(raw, Mapping) else {self.reads[0]: raw}), **tables, **vectors}
+
+    def fuse(
+        self,
+        values: jax.Array,
+        mask: jax.Array | None,
+        fields: Mapping[str, Any],
+        grid: tuple[int, ...] | None = None,
+        positions: jax.Array | None = None,
+        coordinates: Any = None,
+    ) -> Tokens:
+        """Adds position, tables, vectors and type to `values (B, L, D)`, puts special tokens in front, hides what is masked.
+
+        Args:
+            values: the token embeddings.
+            mask: which exist, `(B, L)`.
+            fields: the raw arrays by name.
+            grid: how these tokens lie, where that is not `self.grid`: shorter, or at another resolution.
+            positions: the position embeddings `(B, L, D)` of an embedder that makes its own.
+            coordinates: likewise where tokens stand, `(B, L, A)`.
+        """
+        grid = grid or self.grid
+        if positions is None:
+            positions = self._positions(grid)
+        if positions is not None:
+            values = values + positions.astype(self.dtype)
+        for name, size in self.tables.items():
+            self._check(name, fields[name], values.shape[:2], integer=True)
+            values = values + nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(fields[name])
+        for name, size in self.vectors.items():
+            self._check(name, fields[name], (*values.shape[:2], size), integer=False)
+            here = hide(jnp.asarray(fields[name], self.dtype), mask)
+            values = values + nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
+        if coordinates is None and len(grid) > 1:
+            coordinates = grid_coordinates(grid)
+        if self.special:
+            values, mask, coordinates = self._put_in_front(values, mask, coordinates)
+        if self.type:
+            values = values + self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype)
+        if self.norm is not None:
+            values = make_norm("layer", self.norm, self.dtype, "norm")(values)
+        return Tokens(hide(values, mask), mask, coordinates, special=self.special)
+
+    def _positions(self, grid: tuple[int, ...]) -> jax.Array | None:
+        """Position embeddings `(L, D)` of a grid. On a line a shorter one is the beginning; others are resampled."""
+        position = self.position or self.usual_position
+        if position not in POSITIONS:
+            raise InputError(f"{self.name}: " + unknown("position", position, POSITIONS))
+        if position == "none":
+            return None
+        if position == "sincos":
+            return sincos(grid_coordinates(grid), self.width or 0)
+        if position == "fourier":
+            features = fourier(grid_coordinates(grid), 16, self.grid)
+            return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
+        table = self.param("position", INITIAL, (int(np.prod(self.grid)), self.width))
+        return table[: grid[0]] if len(grid) == 1 else resample(table, self.grid, grid)
+
+    def _put_in_front(
+        self, values: jax.Array, mask: jax.Array | None, coordinates: Any
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
+        """Special tokens exist in an example that has any other token."""
+        count = len(self.special)
+        special = self.param("special", INITIAL, (count, self.width)).astype(self.dtype)
+        values = jnp.concatenate([jnp.broadcast_to(special, (len(values), *special.shape)), values], 1)
+        if mask is not None:
+            mask = jnp.concatenate([jnp.repeat(mask.any(-1, keepdims=True), count, 1), mask], 1)
+        if coordinates is not None:
+            coordinates = jnp.pad(coordinates, [(0, 0)] * (coordinates.ndim - 2) + [(count, 0), (0, 0)])
+        return values, mask, coordinates
+
+    def _check(self, name: str, array: Any, shape: tuple[int, ...], integer: bool) -> None:
+        kind = "integers" if integer else "numbers"
+        if tuple(array.shape) != tuple(shape) or (integer and not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise InputError(f"{self.name}: {name} has to hold {kind} of shape {tuple(shape)}, got {array.dtype} {array.shape}")

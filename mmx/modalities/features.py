@@ -1,0 +1,53 @@
+"""Features that another network made: regions of an image, 2D- or 3D-CNN features of frames and clips, music features.
+
+Survey table 1: "RGB RoI, CNN embedding" (ViLBERT, LXMERT), "video clip, 3D-CNN embedding" (VideoBERT), "slide patch, CNN
+embedding" (MCAT), "music frame, linear projection" (AI Choreographer).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmx.errors import InputError
+from mmx.modalities.embedder import Embedder
+from mmx.modalities.masking import hide, token_mask, unmask
+from mmx.types import Masked, Tokens
+
+
+class Features(Embedder):
+    """Features `(B, L, size)` -> Tokens `(B, L, D)` through one linear map.
+
+    Where a region stands is one of its `vectors`: `vectors={"box": 5}`, made by `mmx.layers.positions.box_geometry`.
+
+    Args:
+        size: numbers of a feature.
+        length: most features of an example, L; shorter ones are welcome.
+        position: usually none, since regions have no order; "learned" for clips and frames.
+    """
+
+    size: int
+    length: int
+
+    usual_position = "none"
+    reads = ("features",)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @nn.compact
+    def __call__(self, raw: Any) -> Tokens:
+        raw, mask = unmask(raw)
+        fields = self.fields(raw)
+        x = fields["features"]
+        if x.ndim != 3 or x.shape[2] != self.size or x.shape[1] > self.length:
+            raise InputError(f"{self.name}: expected features of shape (B, L <= {self.length}, {self.size}), got {x.shape}")
+        mask = token_mask(mask, x.shape[:2])
+        x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(hide(jnp.asarray(x, self.dtype), mask))
+        return self.fuse(x, mask, fields, (x.shape[1],))
+
+    def example(self, batch_size: int) -> Masked:
+        """A batch of the right form, for building parameters and for tests."""
+        raw = self.with_tables(jnp.zeros((batch_size, self.length, self.size), jnp.float32), batch_size)
+        return Masked(raw, jnp.ones((batch_size, self.length), bool))

@@ -1,0 +1,69 @@
+"""Sound as a sequence of spectra: log-mel, filterbanks, log power; `mmx.data.audio` makes them from waveforms.
+
+Survey table 1: "log-Mel filterbank frame, linear projection" (AV-HuBERT), "log power spectrum frame, linear projection"
+(VSET), "mel-spectrogram frame, linear projection and gated CNN" (Meta-StyleSpeech), "log-Mel filterbank frame, 2D-CNN
+embedding" (FAT-MLM). Patches of a spectrogram are `Patches`.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.errors import InputError
+from mmx.modalities.embedder import Embedder
+from mmx.modalities.masking import hide, shorter_mask, unmask
+from mmx.types import Masked, Tokens
+
+
+class Spectrogram(Embedder):
+    """Frames `(B, T, bins)` -> Tokens `(B, L, D)`.
+
+    Args:
+        frames: the longest sound, T; shorter ones are welcome.
+        bins: of a frame.
+        kind: linear: a token for each frame; gated: the same, then two gated 1D convolutions; cnn: two 2D convolutions
+            over time and bins of stride 2 each, a token for four frames.
+    """
+
+    frames: int
+    bins: int
+    kind: Literal["linear", "gated", "cnn"] = "linear"
+
+    reads = ("frames",)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self._tokens(self.frames),)
+
+    def _tokens(self, frames: int) -> int:
+        return -(-frames // 4) if self.kind == "cnn" else frames
+
+    @nn.compact
+    def __call__(self, raw: Any) -> Tokens:
+        raw, mask = unmask(raw)
+        fields = self.fields(raw)
+        x, width = fields["frames"], self.width or 0
+        if x.ndim != 3 or x.shape[2] != self.bins or x.shape[1] > self.frames:
+            raise InputError(f"{self.name}: expected frames of shape (B, T <= {self.frames}, {self.bins}), got {x.shape}")
+        length = self._tokens(x.shape[1])
+        here, mask = shorter_mask(mask, x.shape[:2], np.arange(length) * (4 if self.kind == "cnn" else 1))
+        x = hide(jnp.asarray(x, self.dtype), here)
+        if self.kind == "cnn":
+            x = x[..., None]
+            for i in range(2):
+                x = jax.nn.relu(nn.Conv(max(width // 4, 1), (3, 3), (2, 2), dtype=self.dtype, name=f"plane_{i}")(x))
+            x = x.reshape(*x.shape[:2], -1)
+        x = nn.Dense(width, dtype=self.dtype, name="linear")(x)
+        if self.kind == "gated":
+            for i in range(2):
+                y = nn.Conv(2 * width, (5,), dtype=self.dtype, name=f"conv_{i}")(hide(x, mask))
+                x = x + nn.glu(y)
+        return self.fuse(x, mask, fields, (length,))
+
+    def example(self, batch_size: int) -> Masked:
+        """A batch of the right form, for building parameters and for tests."""
+        raw = self.with_tables(jnp.zeros((batch_size, self.frames, self.bins), jnp.float32), batch_size)
+        return Masked(raw, jnp.ones((batch_size, self.frames), bool))

@@ -1,0 +1,94 @@
+"""What every stage is, and what stages share: joining streams, splitting them, fitting widths.
+
+Conventions, the same for all: streams come in the order of the model's modalities; a stream that is absent from the
+whole batch is no key, one that is absent from an example is a mask that is all False, and both give the same numbers;
+tokens that are masked are seen by nobody; a causal stream stays causal. A stage whose `block` is None uses the model's.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.errors import InputError
+from mmx.layers import BlockConfig, Sight, visibility
+from mmx.types import Streams, Tokens
+
+
+class Stage(nn.Module):
+    """What maps streams to streams. Subclasses are called as `stage(streams) -> streams`.
+
+    `separate` says that streams keep apart: what no stream may see (a causal one) changes no other stream.
+    """
+
+    @property
+    def separate(self) -> bool:
+        return True
+
+
+def fill_block(stage: Stage, block: BlockConfig) -> Stage:
+    """Returns the stage with `block` where it has none of its own."""
+    if getattr(stage, "block", block) is None:
+        return dataclasses.replace(stage, block=block)  # pyright: ignore[reportCallIssue]
+    return stage
+
+
+def given(block: BlockConfig | None, stage: Stage) -> BlockConfig:
+    """The block of a stage, which has to be there by now."""
+    if block is None:
+        raise InputError(f"{type(stage).__name__}: no block; pass one, or build the model with mmx.build_model")
+    return block
+
+
+def fit(tokens: Tokens, width: int, name: str) -> Tokens:
+    """Projects the tokens of stream `name` to `width` where they have another one."""
+    if tokens.values.shape[-1] == width:
+        return tokens
+    project = nn.Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
+    return dataclasses.replace(tokens, values=project(tokens.values))
+
+
+def lengths(streams: Streams) -> dict[str, int]:
+    """Tokens of each stream, those that are masked too."""
+    return {name: tokens.values.shape[1] for name, tokens in streams.items()}
+
+
+def sight(streams: Streams, sees: Mapping[str, Collection[str]] | None = None) -> Sight:
+    """What the tokens of a concatenation of streams see of each other."""
+    joint = concatenate(streams)
+    causal = [name for name, tokens in streams.items() if tokens.causal]
+    return Sight(joint.mask, visibility(lengths(streams), causal, sees), joint.coordinates)
+
+
+def concatenate(streams: Streams) -> Tokens:
+    """C(Z_1, ..., Z_M): all tokens of all streams in one, `(B, sum of L, D)`."""
+    tokens = list(streams.values())
+    whole = all(t.mask is None for t in tokens)
+    return Tokens(
+        jnp.concatenate([t.values for t in tokens], 1),
+        None if whole else jnp.concatenate([t.dense_mask for t in tokens], 1),
+        _join_coordinates(tokens),
+    )
+
+
+def split(values: jax.Array, streams: Streams) -> Streams:
+    """Undoes `concatenate`: gives every stream its part of `values`."""
+    ends = np.cumsum(list(lengths(streams).values()))
+    parts = jnp.split(values, ends[:-1], axis=1)
+    return {name: dataclasses.replace(tokens, values=part) for (name, tokens), part in zip(streams.items(), parts, strict=True)}
+
+
+def _join_coordinates(tokens: list[Tokens]) -> jax.Array:
+    """On common axes, each stream from 0: a place on a line is the same number on every axis; an image stands at time 0."""
+    where = [np.arange(t.values.shape[1])[:, None] if t.coordinates is None else t.coordinates for t in tokens]
+    axes = max(w.shape[-1] for w in where)
+    per_example = any(w.ndim == 3 for w in where)
+    lifted = []
+    for w, t in zip(where, tokens, strict=True):
+        w = jnp.asarray(w, jnp.float32)
+        w = jnp.tile(w, axes) if w.shape[-1] == 1 else jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(axes - w.shape[-1], 0)])
+        lifted.append(jnp.broadcast_to(w, (t.values.shape[0], *w.shape[-2:])) if per_example else w)
+    return jnp.concatenate(lifted, -2)
