@@ -1,6 +1,7 @@
 """Properties every topology has, for any number of streams, lengths, masks and absences."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,13 @@ from mmx.topologies import (
     Latent,
     PerStream,
     Sum,
+    catalogue,
     cross_attention,
     early_concatenation,
     make_topology,
     multi_to_one,
 )
+from mmx.topologies.stage import fill_block
 from mmx.topologies.stages import FUSED
 from mmx.types import Tokens
 
@@ -364,6 +367,22 @@ def test_edges_say_who_reads_whom(rng):
         assert moved == ({"image", "text"} if changed == "image" else {"audio"})
 
 
+def test_streams_that_do_not_step_are_read_and_left_alone(rng):
+    """An ALBEF: the text goes through the layers and reads the image, which leaves as it came."""
+    stage, streams = Cross(2, BLOCK, "self cross mlp", edges={"text": ("image",)}, steps=("text",)), make_streams(rng, (4, 3))
+    (params,) = init_stages([stage], streams, rng)
+    assert set(params) == {"layers", "text_norm"} and set(params["layers"]) == {"text"}
+    out = apply_stages([stage], [params], streams)
+    np.testing.assert_array_equal(out["image"].values, streams["image"].values)
+    for example in range(3):
+        here = {n: t.values[example][t.mask[example]].astype(np.float64) for n, t in streams.items()}
+        x = here["text"]
+        for i in range(2):
+            x = reference.block(x, reference.layer(params["layers"]["text"], i), here["image"], "self cross mlp")
+        found = out["text"].values[example][np.asarray(streams["text"].mask[example])]
+        np.testing.assert_allclose(found, reference.norm(x, params["text_norm"]), atol=2e-4)
+
+
 def test_shared_weights_serve_all_streams(rng):
     streams = make_streams(rng, (4, 3))
     for stage in (Cross(2, BLOCK, share=True), PerStream(2, BLOCK, share=True)):
@@ -386,6 +405,25 @@ def test_streams_may_differ_in_depth_width_and_causality(rng):
     joint = Joint(1, BLOCK)
     (joint_params,) = init_stages([joint], out, rng)
     assert {t.values.shape[-1] for t in joint.apply({"params": joint_params}, out).values()} == {8}
+
+
+@pytest.mark.parametrize("row", catalogue.PUBLISHED, ids=lambda row: row.models)
+def test_published_stages_build(row):
+    """At full depth, through shapes only; with any one of their streams alone, too."""
+    streams = {name: Tokens(jax.ShapeDtypeStruct((2, 3, 8), np.float32)) for name in row.streams.split()}
+    for present in (streams, dict([next(iter(streams.items()))])):
+        out = present
+        for stage in (fill_block(stage, BLOCK) for stage in row.stages):
+            out = jax.eval_shape(lambda s, stage=stage: stage.init_with_output(jax.random.key(0), s)[0], out)
+        assert set(out) in (set(present), {FUSED})
+
+
+def test_every_structure_and_timing_has_a_row():
+    rows = catalogue.PUBLISHED
+    assert {row.structure for row in rows} == set(catalogue.STRUCTURES)
+    assert {row.timing for row in rows} == set(catalogue.TIMINGS)
+    page = (Path(mmx.__file__).parent.parent / "docs/topologies.md").read_text()
+    assert page.endswith(f"<!-- mmx.topologies.list() -->\n{mmx.topologies.list()}\n")
 
 
 def test_tuples_add(rng):

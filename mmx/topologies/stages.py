@@ -147,6 +147,8 @@ class Cross(Stage):
         sublayers: the word of every block; `"cross self mlp"` (LXMERT) keeps the context inside a stream, `"cross mlp"`
             (MulT) is the survey's bare formula.
         edges: for each stream the streams it reads; a stream that is not named reads nothing. None: all others.
+        steps: the streams that go through the layers; the others are read as they entered and leave as they came (the
+            image of ALBEF, BLIP, CoCa). None: all.
         original: read the others as they entered the stage (MulT), not as the layer before left them.
         share: one set of weights for all streams (LXMERT's shared cross-attention) instead of one each.
     """
@@ -155,6 +157,7 @@ class Cross(Stage):
     block: BlockConfig | None = None
     sublayers: str = "cross self mlp"
     edges: Mapping[str, tuple[str, ...]] | None = None
+    steps: tuple[str, ...] | None = None
     original: bool = False
     share: bool = False
 
@@ -164,19 +167,23 @@ class Cross(Stage):
             return streams
         block = given(self.block, self)
         streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
-        carry = {name: t.values for name, t in streams.items()}
-        owners = dict.fromkeys(self._owner(name) for name in streams)
+        active = {name: tokens for name, tokens in streams.items() if self.steps is None or name in self.steps}
+        sources = {name: self._sources(name, streams) for name in active}
+        owners = dict.fromkeys(self._owner(name) for name in active)
         relative = {owner: relative_positions(block, f"{owner}_relative") for owner in owners}
-        sights = {n: relative[self._owner(n)](sight({n: t}), [t.values.shape[1]]) for n, t in streams.items()}
-        context = streams if self.original else {name: dataclasses.replace(t, values=None) for name, t in streams.items()}
-        sources = {name: self._sources(name, streams) for name in streams}
+        sights = {n: relative[self._owner(n)](sight({n: t}), [t.values.shape[1]]) for n, t in active.items()}
+        entered = {  # a stream without values is read as the layer before left it
+            name: tokens if self.original or name not in active else dataclasses.replace(tokens, values=None)
+            for name, tokens in streams.items()
+        }
         layers = scan_layers(_CrossLayer, self.depth, block)
         layers = layers(block, self.sublayers, sources, self.share, name="layers")
-        carry, _ = layers(carry, drop_path_rates(self.depth, block), (sights, context))
+        carry = {name: tokens.values for name, tokens in active.items()}
+        carry, _ = layers(carry, drop_path_rates(self.depth, block), (sights, entered))
         if block.norm == "pre":
             norms = {n: make_norm(block.norm_kind, block.eps, block.dtype, f"{n}_norm") for n in owners}
             carry = {name: norms[self._owner(name)](x) for name, x in carry.items()}
-        return {name: dataclasses.replace(t, values=carry[name]) for name, t in streams.items()}
+        return {name: dataclasses.replace(t, values=carry.get(name, t.values)) for name, t in streams.items()}
 
     def _sources(self, name: str, streams: Streams) -> tuple[str, ...]:
         named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
