@@ -68,7 +68,8 @@ class TiedDecoder(nn.Module):
         name = stream_of(streams, self.modality)
         if name is None:
             return None
-        x = streams[name].values[:, : ids.length]  # a fused stream may be longer than the text in it
+        first = len(streams[name].special)
+        x = streams[name].values[:, first : first + ids.length]  # a fused stream may be longer than the text in it
         x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
         bias = self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,))
         return ids.decode(x) + bias

@@ -1,30 +1,39 @@
-"""`mmx study`: the same data, seeds and budget through several topologies, and one table."""
+"""`mmx study`: the same data, seeds and budget through several topologies, and one report."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from mmx.errors import InputError, unknown
+from mmx.errors import InputError, at_least, unknown
+from mmx.evaluate import Missing
+from mmx.model import count_parameters, example_batch
 from mmx.topologies import BEYOND, TOPOLOGIES
-from mmx.train import Experiment, run
+from mmx.train import Experiment, Task, run
 from mmx.train.experiment import differences, load_config, to_json
 from mmx.train.log import step_of
 
-COLUMNS = {
-    "image to text R@1": "composition/image_to_text_R@1",
-    "text to image R@1": "composition/text_to_image_R@1",
-    "image to text R@5": "composition/image_to_text_R@5",
-    "captions exact": "captions/exact",
+COLUMNS = {  # of the table: a title, the metric, decimals
+    "image to text R@1": ("composition/image_to_text_R@1", 3),
+    "text to image R@1": ("composition/text_to_image_R@1", 3),
+    "image to text R@5": ("composition/image_to_text_R@5", 3),
+    "captions exact": ("captions/exact", 3),
+    "caption loss": ("missing/loss_complete", 3),
+    "without image": ("missing/loss_without_image", 3),
+    "parameters": ("parameters", 0),
+    "TFLOP in all": ("tflops", 1),
 }
+QUALITY = "composition/image_to_text_R@1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Trains every topology with every seed, one after the other, and writes a table of means and spreads.
+    """Trains every topology with every seed, one after the other, and writes a report: table, curves, cost, absence.
 
     A study goes on where it was interrupted: runs that are done are read, not trained again.
     """
@@ -33,19 +42,27 @@ class Study:
     """Which topologies."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Which seeds."""
+    match: Literal["nothing", "parameters", "flops"] = "nothing"
+    """What the topologies have in common with the configuration's own, beside data, width and depth: nothing; the number
+    of parameters, by the hidden size of the MLPs; the FLOPs of the whole training, by the number of steps."""
     config: str = ""
     """A configuration file; empty: the default experiment."""
     steps: int = 0
     """Steps of every run; 0: the configuration's."""
     folder: str = "runs/study"
-    """Where the runs and the table lie."""
+    """Where the runs and the report lie."""
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=0)
+        if not self.topologies or not self.seeds:
+            raise InputError("study: name at least one topology and one seed")
 
 
 def run_study(study: Study) -> Path:
-    """Runs the study and returns the path of its table, `study.md`; `study.json` holds the numbers.
+    """Runs the study and returns the path of its report, `study.md`; `study.json` holds the numbers.
 
     Raises:
-        InputError: an unknown topology.
+        InputError: an unknown topology, or one that cannot be matched.
     """
     for name in study.topologies:
         if name not in TOPOLOGIES | BEYOND:
@@ -54,37 +71,99 @@ def run_study(study: Study) -> Path:
     if base.stages:
         raise InputError(f"{study.config} has stages of its own; a study compares the named topologies")
     base = dataclasses.replace(base, steps=study.steps or base.steps)
-    results: dict[str, list[dict[str, float]]] = {}
-    for name in study.topologies:
+    if "missing" not in base.evaluators and {"image", "text"} <= set(base.data.fields):
+        base = dataclasses.replace(base, evaluators={**base.evaluators, "missing": Missing()})
+    matched = {name: match(base, name, study.match) for name in study.topologies}  # refused before anything is trained
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, experiment in matched.items():
+        parameters, flops = cost(experiment)
         for seed in study.seeds:
             folder = Path(study.folder) / f"{name}-{seed}"
-            experiment = dataclasses.replace(base, topology=name, seed=seed, run=str(folder), resume="auto")
-            if not _is_finished(folder, experiment):
-                run(experiment)
-            results.setdefault(name, []).append(_last_records(folder / "metrics.jsonl", experiment.steps))
+            one = dataclasses.replace(experiment, seed=seed, run=str(folder), resume="auto")
+            if not _is_finished(folder, one):
+                run(one)
+            found = read_run(folder / "metrics.jsonl", one.steps)
+            found |= {"parameters": parameters, "tflops": flops * one.steps / 1e12, "steps": one.steps}
+            results.setdefault(name, []).append(found)
     path = Path(study.folder)
-    (path / "study.json").write_text(json.dumps({"seeds": study.seeds, "steps": base.steps, "results": results}, indent=1))
-    table = make_table(results)
-    (path / "study.md").write_text(table)
-    print(f"\n{table}\n{path / 'study.md'}")
+    (path / "study.json").write_text(json.dumps({"study": to_json(study), "results": results}, indent=1))
+    report = make_report(study, base, results, path)
+    (path / "study.md").write_text(report)
+    print(f"\n{make_table(results)}\n{path / 'study.md'}")
     return path / "study.md"
 
 
-def make_table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def cost(experiment: Experiment) -> tuple[int, int]:
+    """Parameters, and FLOPs of a training step by the rule of `mmx.flops`; nothing is computed."""
+    task = Task(experiment.build_model(), experiment.active_objectives)
+    batch = jax.eval_shape(lambda: example_batch(task.model, experiment.batch_size))
+    params = jax.eval_shape(lambda b: task.model.init(jax.random.key(0), b), batch)["params"]
+    return count_parameters(params), task.flops(params, batch)
+
+
+def match(base: Experiment, topology: str, what: str) -> Experiment:
+    """The experiment with another topology, at the parameters or the training FLOPs of its own."""
+    other = dataclasses.replace(base, topology=topology)
+    if what == "nothing" or topology == base.topology:
+        return other
+    if what == "flops":
+        steps = max(round(base.steps * cost(base)[1] / cost(other)[1]), 1)
+        return dataclasses.replace(other, steps=steps)
+
+    def with_mlp(hidden: int) -> Experiment:
+        return dataclasses.replace(other, model=dataclasses.replace(other.model, mlp=hidden))
+
+    few, many = (cost(with_mlp(hidden))[0] for hidden in (8, 16))
+    hidden = 8 + round((cost(base)[0] - few) / (many - few)) * 8  # parameters are linear in the hidden size
+    if hidden < 8:
+        raise InputError(
+            f"study: {topology} has more parameters than {base.topology} even with an MLP of 8; choose --match flops, "
+            f"or a larger model.mlp"
+        )
+    return with_mlp(hidden)
+
+
+def make_report(study: Study, base: Experiment, results: Mapping[str, Any], folder: Path) -> str:
+    """The report as Markdown, with its plots beside it."""
+    from mmx.plots import plot_curves, plot_points
+
+    curves = {name: [r["curves"] for r in runs] for name, runs in results.items()}
+    lines = [
+        "# Study",
+        "",
+        f"{len(study.topologies)} topologies, seeds {', '.join(map(str, study.seeds))}, {base.steps} steps of "
+        f"{base.batch_size} examples of {base.data.name}; matched to `{base.topology}`: {study.match}. Mean and standard "
+        f"deviation over the seeds. FLOPs are those of matrix products, counted in the program.",
+        "",
+        make_table(results),
+    ]
+    for metric, file in ((QUALITY, "quality.png"), ("loss", "loss.png")):
+        if any(metric in curve for runs in curves.values() for curve in runs):
+            plot_curves(curves, metric, folder / file)
+            lines += [f"![{metric} by step]({file})", ""]
+    if any(QUALITY in r for runs in results.values() for r in runs):
+        points = {n: [(r["tflops"], r[QUALITY]) for r in runs if QUALITY in r] for n, runs in results.items()}
+        plot_points(points, "TFLOP in all", QUALITY, folder / "cost.png")
+        lines += ["![quality by cost](cost.png)", ""]
+    return "\n".join(lines)
+
+
+def make_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A Markdown table: for each topology the mean of its runs and, behind it, the standard deviation."""
-    shown = {title: key for title, key in COLUMNS.items() if any(key in r for runs in results.values() for r in runs)}
-    columns = [*shown, "training, s"]
-    lines = ["| topology | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    shown = {t: column for t, column in COLUMNS.items() if any(column[0] in r for runs in results.values() for r in runs)}
+    lines = ["| topology | " + " | ".join([*shown, "training, s"]) + " |", "|---" * (len(shown) + 2) + "|"]
     for name, runs in results.items():
-        cells = [_cell([r[key] for r in runs if key in r]) for key in shown.values()]
+        cells = [_cell([r[key] for r in runs if key in r], decimals) for key, decimals in shown.values()]
         seconds = np.mean([r["training_seconds"] for r in runs])
         lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: Sequence[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+def _cell(values: Sequence[float], decimals: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 and np.ptp(values) > 0 else ""
+    return f"{np.mean(values):,.{decimals}f}{spread}"
 
 
 def _is_finished(folder: Path, experiment: Experiment) -> bool:
@@ -94,13 +173,18 @@ def _is_finished(folder: Path, experiment: Experiment) -> bool:
     old = json.loads((folder / "config.json").read_text())
     if differences(old, json.loads(json.dumps(to_json(experiment)))):
         return False  # the run itself says what differs
-    last = _last_records(folder / "metrics.jsonl", experiment.steps)
+    last = read_run(folder / "metrics.jsonl", experiment.steps)
     return all(any(key.startswith(f"{name}/") for key in last) for name in experiment.evaluators)
 
 
-def _last_records(metrics: Path, steps: int) -> dict[str, float]:
-    """What a run recorded at its last step, and the seconds its steps took."""
+def read_run(metrics: Path, steps: int) -> dict[str, Any]:
+    """What a run recorded at its last step, the seconds its steps took, and every metric as a curve over steps."""
     records = [json.loads(line) for line in metrics.read_text().splitlines() if step_of(line) < math.inf]
     last = {name: value for record in records if record["step"] == steps for name, value in record.items()}
     timed = [record["time/step_ms"] for record in records if "time/step_ms" in record]
-    return last | {"training_seconds": float(np.mean(timed)) * steps / 1e3 if timed else math.nan}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            if not name.startswith("time/") and name != "step" and not isinstance(value, str):
+                curves.setdefault(name, []).append((record["step"], value))
+    return last | {"training_seconds": float(np.mean(timed)) * steps / 1e3 if timed else math.nan, "curves": curves}

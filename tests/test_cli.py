@@ -1,6 +1,7 @@
 """The command line: every field has a flag with its default and its meaning; what is mistyped is refused."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,15 +131,36 @@ def test_the_command(capsys):
     assert cli.main(["train", "nothing.py"]) == 2 and "no configuration file" in capsys.readouterr().err
 
 
+def test_a_study_matches_parameters_or_flops(tiny):
+    from mmx.study import cost, match
+
+    base = dataclasses.replace(tiny, steps=100, model=dataclasses.replace(tiny.model, width=64, mlp=256))
+    parameters, flops = cost(base)
+    for topology in ("early_summation", "one_to_multi", "cross_to_concatenation"):
+        same = match(base, topology, "parameters")
+        assert same.steps == 100 and abs(cost(same)[0] / parameters - 1) < 0.02, topology
+        same = match(base, topology, "flops")
+        assert same.model == base.model and abs(same.steps * cost(same)[1] / (100 * flops) - 1) < 0.02, topology
+    assert match(base, "cross_attention", "nothing").model == base.model
+    small = dataclasses.replace(base, model=dataclasses.replace(base.model, mlp=8))
+    with pytest.raises(InputError, match="cross_attention has more parameters than multi_to_one"):
+        match(small, "cross_attention", "parameters")
+
+
 def test_study_table(tmp_path, monkeypatch, capsys, tiny):
     from mmx import study
 
     config = tmp_path / "tiny.py"
     config.write_text("from pathlib import Path\n\n\ndef config():\n    raise SystemExit\n")
     monkeypatch.setattr("mmx.study.load_config", lambda _: dataclasses.replace(tiny, mesh=dataclasses.replace(tiny.mesh, data=8)))
-    todo = study.Study(("early_concatenation",), (0, 1), str(config), 4, str(tmp_path / "study"))
+    todo = study.Study(("early_concatenation",), (0, 1), config=str(config), steps=4, folder=str(tmp_path / "study"))
     table = study.run_study(todo).read_text()
-    assert "| `early_concatenation` |" in table and "±" in table and len(table.splitlines()) == 3
+    assert "| `early_concatenation` |" in table and "±" in table
+    for file in ("quality.png", "loss.png", "cost.png"):
+        assert f"({file})" in table and (tmp_path / "study" / file).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "study/study.json").read_text())["results"]["early_concatenation"]
+    assert [len(r["curves"]["loss"]) for r in results] == [4, 4]
+    assert all(r["missing/loss_complete"] > 0 and r["missing/loss_without_image"] > 0 for r in results)
     calls = []
     monkeypatch.setattr("mmx.study.run", lambda e: calls.append(e))
     assert study.run_study(todo).read_text() == table and not calls

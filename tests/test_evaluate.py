@@ -7,7 +7,8 @@ import pytest
 
 import mmx
 from mmx.data import Pipeline
-from mmx.evaluate import Captions, Evaluation, Retrieval, retrieval_metrics
+from mmx.errors import InputError
+from mmx.evaluate import Captions, Evaluation, Missing, Retrieval, retrieval_metrics
 from mmx.evaluate.contact_sheet import contact_sheet
 from mmx.evaluate.report import due
 from mmx.evaluate.retrieval import chance_metrics
@@ -121,3 +122,20 @@ def test_flops_of_a_model_equal_the_formula():
     tokens, width, length = 40, 32, 10
     layer = 2 * tokens * (12 * width**2) + 2 * 2 * tokens * length * width
     assert mmx.count_flops(lambda v: model.apply(v, batch).pooled, variables) == 3 * layer
+
+
+def test_missing_tells_what_the_image_is_worth(tiny, batch):
+    """The loss without the image is that of a batch whose images are masked; what stands in them plays no part."""
+    moment = evaluation(tiny)
+    report = Missing(split="composition[:16]")(moment)
+    assert set(report.metrics) == {"loss_complete", "loss_without_image"}
+    assert report.metrics["loss_complete"] != report.metrics["loss_without_image"]
+    ((whole, _),) = moment.data.evaluation("composition[:16]", 16)
+    objective = mmx.objectives.Captioning()
+    masked = {**whole, "image": mmx.Masked(255 - whole["image"], np.zeros(16, bool))}
+    for label, raw in (("complete", whole), ("without_image", masked)):
+        out = moment.model.apply({"params": moment.params}, raw, ["text"])
+        loss, _ = objective.loss(objective.select([out], raw))
+        np.testing.assert_allclose(report.metrics[f"loss_{label}"], loss, rtol=1e-5)
+    with pytest.raises(InputError, match="given is empty"):
+        Missing(given=())

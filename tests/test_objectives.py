@@ -10,7 +10,7 @@ import pytest
 import mmx
 from mmx import objectives
 from mmx.objectives import Captioning, Contrastive, Matching, run_views, view
-from mmx.topologies import TOPOLOGIES
+from mmx.topologies import BEYOND, TOPOLOGIES
 
 ALL = {"contrastive": Contrastive(), "matching": Matching(), "captioning": Captioning()}
 
@@ -21,7 +21,7 @@ def setup(tiny, topology="multi_to_one"):
     return model, params
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", (*TOPOLOGIES, *BEYOND))
 def test_views_that_are_shared_equal_views_of_their_own(tiny, batch, topology):
     model, params = setup(tiny, topology)
     wanted = [view("image"), view("text"), view("image", "text", causal=["text"])]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from mmx.heads import TiedDecoder
 from mmx.losses import cross_entropy
+from mmx.modalities.masking import unmask
 from mmx.objectives.views import View, view
-from mmx.types import Batch, Masked, Metrics, Outputs
+from mmx.types import Batch, Metrics, Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Captioning:
         return (view(*self.given, self.text, causal=[self.text]),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
-        raw = batch[self.text]
-        ids, mask = (raw.array, raw.mask) if isinstance(raw, Masked) else (raw, jnp.ones(raw.shape, bool))
+        raw, mask = unmask(batch[self.text])
+        ids = raw["ids"] if isinstance(raw, Mapping) else raw
+        mask = jnp.ones(ids.shape, bool) if mask is None else mask
         mask = jnp.broadcast_to(mask[:, None] if mask.ndim == 1 else mask, ids.shape)[:, 1:]  # (B, L - 1)
         logits = outputs[0].logits["captioning"][:, : ids.shape[1] - 1]  # (B, L - 1, V)
         losses = cross_entropy(logits, ids[:, 1:], self.label_smoothing)

@@ -97,7 +97,7 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
         )
         step_fn = compile_step(step_fn, mesh, layout).lower(state, batch).compile()
         compiling = time.perf_counter() - begun
-        work = 3 * flops_.count_flops(lambda s, b: task.forward(s.params, task.corrupt(b, s.key), None), state, batch)
+        work = task.flops(state.params, batch)
         peak, peak_source = flops_.peak_flops(mesh.size)
         tokens = experiment.batch_size * _tokens_per_example(task, batch)
         progress = Progress(experiment.steps, first_step, experiment.batch_size, tokens, work, peak)

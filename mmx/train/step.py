@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from mmx import objectives as objectives_
+from mmx.flops import count_flops
 from mmx.modalities.masking import drop_modalities
 from mmx.model import MultimodalTransformer
 from mmx.objectives import Objective
@@ -37,6 +38,10 @@ class Task:
     def forward(self, params: Params, batch: Batch, key: jax.Array | None) -> Any:
         """The forward passes: what the losses need, every leaf `(B, ...)`."""
         return objectives_.forward(self.objectives, self.model, params, batch, key)
+
+    def flops(self, params: Params, batch: Batch) -> int:
+        """FLOPs of one training step on `batch` (arrays or their shapes), by the rule of `mmx.flops`."""
+        return 3 * count_flops(lambda p, b, key: self.forward(p, self.corrupt(b, key), None), params, batch, jax.random.key(0))
 
     def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
         """The weighted sum of the losses, and the metrics."""
