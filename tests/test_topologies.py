@@ -79,12 +79,35 @@ def same(a, b, atol=2e-5):
         np.testing.assert_allclose(a[name], b[name], atol=atol)
 
 
+def outputs_and_gradient(stages, params, streams):
+    """The tokens that exist, and the gradient of the sum of their squares."""
+
+    @jax.jit
+    def run(params, leaves):
+        def loss(params):
+            out = dict(zip(streams, leaves, strict=True))
+            for stage, variables in zip(stages, params, strict=True):
+                out = stage.apply({"params": variables}, out)
+            here = {name: jnp.where(t.dense_mask[..., None], t.values, 0) for name, t in out.items()}
+            return sum(jnp.square(x).sum() for x in here.values()), here
+
+        (_, here), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return here, gradient
+
+    return run(params, list(streams.values()))
+
+
 @pytest.mark.parametrize("topology", EVERY)
-@settings(max_examples=4, deadline=None)
-@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), seed=st.integers(0, 99))
-def test_masked_tokens_change_nothing(topology, lengths, seed):
+@settings(max_examples=2, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    norm=st.sampled_from(["pre", "post"]),
+    seed=st.integers(0, 99),
+)
+def test_masked_tokens_change_nothing(topology, lengths, norm, seed):
+    """Neither an output nor a gradient, before and after the norm was moved."""
     rng = np.random.default_rng(seed)
-    stages, streams = make_topology(topology, 2, BLOCK), make_streams(rng, lengths)
+    stages, streams = make_topology(topology, 2, dataclasses.replace(BLOCK, norm=norm)), make_streams(rng, lengths)
     params = init_stages(stages, streams, rng)
     noisy = {
         name: dataclasses.replace(
@@ -92,7 +115,39 @@ def test_masked_tokens_change_nothing(topology, lengths, seed):
         )
         for name, t in streams.items()
     }
-    same(at_mask(apply_stages(stages, params, noisy)), at_mask(apply_stages(stages, params, streams)))
+    (clean, gradient), (dirty, other) = (outputs_and_gradient(stages, params, s) for s in (streams, noisy))
+    same(dirty, clean)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), gradient, other)
+
+
+@pytest.mark.parametrize("change", [{"unroll": 2, "remat": "full"}], ids=["both"])
+@pytest.mark.parametrize("stage", [Cross(2), Bottleneck(2), Latent(2, 3)], ids=lambda s: type(s).__name__)
+def test_unrolling_and_remat_change_nothing(rng, stage, change):
+    """The same parameters, outputs and gradients; `test_layers.py` has the other stages."""
+    streams = make_streams(rng, (4, 3))
+    plain, other = (dataclasses.replace(stage, block=dataclasses.replace(BLOCK, **c)) for c in ({}, change))
+    (params,) = init_stages([plain], streams, rng)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+        outputs_and_gradient([plain], [params], streams),
+        outputs_and_gradient([other], [params], streams),
+    )
+
+
+@pytest.mark.parametrize("topology", EVERY)
+def test_the_program_does_not_grow_with_depth(rng, topology):
+    """Layers are scanned: what is compiled is one of them."""
+    streams = make_streams(rng, (4, 3))
+
+    def size(depth):
+        def run(streams):
+            for i, stage in enumerate(make_topology(topology, depth, BLOCK)):
+                streams = stage.init_with_output(jax.random.key(i), streams)[0]
+            return {name: t.values for name, t in streams.items()}
+
+        return len(jax.jit(run).lower(streams).as_text())
+
+    assert size(24) < 1.02 * size(4)
 
 
 @pytest.mark.parametrize("topology", EVERY)
