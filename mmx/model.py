@@ -42,6 +42,7 @@ class MultimodalTransformer(nn.Module):
             batch: `{modality: raw array or Masked}`, any non-empty subset of the model's modalities.
             causal: modalities to read as a decoder does: each token sees its past and the other modalities.
         """
+        causal = tuple(causal)
         self._check(batch, causal)
         streams: Streams = {
             name: embedder(batch[name]).replace(causal=name in causal)  # type: ignore[operator]
@@ -71,6 +72,10 @@ class MultimodalTransformer(nn.Module):
         for name in (*batch, *causal):
             if name not in self.modalities:
                 raise InputError(unknown("modality", name, self.modalities))
+        for name in causal:
+            if getattr(self.modalities[name], "mixes", False):
+                kind = type(self.modalities[name]).__name__
+                raise InputError(f"modality {name!r} cannot be read causally: a token of {kind} hears of later ones")
         if not batch:
             raise InputError(f"the batch is empty; it needs at least one of {', '.join(self.modalities)}")
 
@@ -112,9 +117,10 @@ def build_model(
     stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
     stages = tuple(fill_block(stage, config) for stage in stages)
     for stage in stages:
-        for field in ("depth", "block", "weights", "edges", "sees"):
+        for field in ("depth", "block", "weights", "edges", "sees", "causal", "steps"):
             named = getattr(stage, field, None)
-            for name in named if isinstance(named, Mapping) else ():
+            inner = named.values() if isinstance(named, Mapping) and field in ("edges", "sees") else ()
+            for name in (*(named if isinstance(named, (Mapping, tuple)) else ()), *(n for names in inner for n in names)):
                 if name not in (*modalities, FUSED):
                     raise InputError(f"{type(stage).__name__}.{field}: " + unknown("stream", name, (*modalities, FUSED)))
     return MultimodalTransformer(

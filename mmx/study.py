@@ -13,6 +13,7 @@ import numpy as np
 from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate import Missing
 from mmx.model import count_parameters, example_batch
+from mmx.objectives import Captioning
 from mmx.topologies import BEYOND, TOPOLOGIES
 from mmx.train import Experiment, Task, run
 from mmx.train.experiment import differences, load_config, to_json
@@ -26,6 +27,7 @@ COLUMNS = {  # of the table: a title, the metric, decimals
     "caption loss": ("missing/loss_complete", 3),
     "without image": ("missing/loss_without_image", 3),
     "parameters": ("parameters", 0),
+    "steps": ("steps", 0),
     "TFLOP in all": ("tflops", 1),
 }
 QUALITY = "composition/image_to_text_R@1"
@@ -71,7 +73,8 @@ def run_study(study: Study) -> Path:
     if base.stages:
         raise InputError(f"{study.config} has stages of its own; a study compares the named topologies")
     base = dataclasses.replace(base, steps=study.steps or base.steps)
-    if "missing" not in base.evaluators and {"image", "text"} <= set(base.data.fields):
+    writes = any(isinstance(o, Captioning) for o in base.active_objectives.values())
+    if "missing" not in base.evaluators and writes and {"image", "text"} <= set(base.data.fields):
         base = dataclasses.replace(base, evaluators={**base.evaluators, "missing": Missing()})
     matched = {name: match(base, name, study.match) for name in study.topologies}  # refused before anything is trained
     results: dict[str, list[dict[str, Any]]] = {}
@@ -131,7 +134,7 @@ def make_report(study: Study, base: Experiment, results: Mapping[str, Any], fold
     lines = [
         "# Study",
         "",
-        f"{len(study.topologies)} topologies, seeds {', '.join(map(str, study.seeds))}, {base.steps} steps of "
+        f"{len(study.topologies)} topologies, seeds {', '.join(map(str, study.seeds))}, steps of "
         f"{base.batch_size} examples of {base.data.name}; matched to `{base.topology}`: {study.match}. Mean and standard "
         f"deviation over the seeds. FLOPs are those of matrix products, counted in the program.",
         "",

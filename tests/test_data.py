@@ -237,3 +237,35 @@ def test_the_default_text_length_holds_every_name():
     pipeline = Pipeline(dataclasses.replace(experiment.data), experiment.modalities, 8)
     assert pipeline.tokenizer is not None
     assert max(pipeline.tokenizer.encode(e["name"], 64)[1].sum() for e in read_entries()) <= experiment.modalities["text"].length
+
+
+def test_raw_values_are_padded_to_what_an_embedder_reads(rng):
+    from mmx.data.pipeline import fit_raw
+    from mmx.errors import InputError
+    from mmx.modalities import Features, Graph, PackedPatches, Waveform
+
+    regions = Features(3, 5, vectors={"box": 4})
+    raw = fit_raw(regions, {"features": rng.standard_normal((2, 3)), "box": rng.random((2, 4)), "more": 1})
+    assert set(raw.array) == {"features", "box"} and raw.array["box"].shape == (5, 4)
+    assert raw.mask.tolist() == [True, True, False, False, False]
+    graph = fit_raw(Graph(4, vocab=9), {"nodes": np.asarray([1, 2, 3]), "edges": np.ones((3, 3), bool)})
+    assert graph.array["edges"].shape == (4, 4) and not graph.array["edges"][3].any() and graph.mask.sum() == 3
+    assert fit_raw(Waveform(800), np.zeros(500, "f")).mask.sum() == 500
+    for value, message in [
+        (np.zeros((2, 3)), "expected a dict of .*features.*, got ndarray"),
+        ({"features": np.zeros((6, 3)), "box": np.zeros((6, 4))}, r"expected at most \(5, "),
+        ({"features": [np.zeros(3), np.zeros(2)], "box": np.zeros((2, 4))}, "."),
+    ]:
+        with pytest.raises((InputError, ValueError), match=message):
+            fit_raw(regions, value)
+    packed = {"image": PackedPatches(9, (8, 8)), "text": MODALITIES["text"]}
+    (batch,) = first(Pipeline(DataConfig(), packed, 4), 1)
+    assert batch["image"].array["patches"].shape == (4, 9, 192) and batch["image"].mask.sum(1).tolist() == [9] * 4
+
+
+def test_a_video_is_not_shifted_in_time():
+    """`shift` is for images: patches of another rank, and spectrograms by their own choice, stay as they are."""
+    from mmx.data.pipeline import _is_image
+    from mmx.modalities import Patches
+
+    assert _is_image(Patches((8, 8), (4, 4))) and not _is_image(Patches((4, 8, 8), (2, 4, 4)))

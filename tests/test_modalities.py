@@ -282,6 +282,8 @@ def test_wav2vec_has_a_token_for_20_ms():
         (Graph(6), {"nodes": np.zeros((2, 6)), "edges": np.zeros((2, 6, 6))}, "set channels .* or vocab"),
         (Graph(6, vocab=3), {"nodes": np.zeros((2, 6), int), "edges": np.zeros((2, 5, 5))}, "edges"),
         (Strokes(6), {"points": np.zeros((2, 6, 3)), "pen": np.zeros((2, 6), int)}, r"points \(B, L <= 6, 2\)"),
+        (PackedPatches(6, (4, 4), position="none"), PackedPatches(6, (4, 4)).example(1), "learned positions only"),
+        (Ids(9, 4, tables={"position": 3}), np.zeros((2, 4), int), "cannot be the name of a table"),
         (PackedPatches(6, (4, 4)), np.zeros((2, 6, 48)), "the raw value lacks place, extent"),
     ],
 )
@@ -313,3 +315,40 @@ def test_every_row_has_its_place_on_a_mesh():
         params = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), module.example(1)))["params"]
         split = [s.spec for s in jax.tree.leaves(shardings(mesh, params)) if "fsdp" in str(s.spec)]
         assert split, row
+
+
+@pytest.mark.parametrize("kind", ["ids", "regions", "frames", "planes", "nodes", "strokes"])
+def test_padding_changes_nothing(kind, rng):
+    """The tokens of a short example are the same with little and with much behind them."""
+    module = SMALL[kind].clone(width=8)
+    raw, mask = unmask(example(module, rng, 1))
+    params = module.init(jax.random.key(0), Masked(raw, mask))["params"]
+    here = mask.shape[1] - 3
+
+    def cut(x, length):
+        return x[:, :length, :length] if x.shape[1:] == (mask.shape[1],) * 2 else x[:, :length]  # edges have two such axes
+
+    out = []
+    for length in (here, here + 1, here + 3):
+        part = Masked(jax.tree.map(lambda x, n=length: cut(x, n), raw), np.arange(length)[None] < here)
+        tokens = module.apply({"params": params}, part)
+        out.append(np.asarray(tokens.values)[0][np.asarray(tokens.dense_mask)[0]])
+    for other in out[1:]:
+        np.testing.assert_allclose(other, out[0], atol=1e-5)
+
+
+def test_an_id_out_of_range_behind_a_mask_has_no_gradient(rng):
+    module = Ids(9, 4, norm=1e-12, width=8)
+    raw = Masked(np.asarray([[1, 2, 9, 9]]), np.asarray([[True, True, False, False]]))
+    params = module.init(jax.random.key(0), raw)["params"]
+    gradient = jax.grad(lambda p: jnp.square(module.apply({"params": p}, raw).values - 1).sum())(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_what_hears_of_later_tokens_is_not_read_causally():
+    model = mmx.build_model({"audio": SMALL["gated"], "text": Ids(9, 4)}, width=8, depth=2, heads=2)
+    batch = mmx.example_batch(model)
+    with pytest.raises(InputError, match="'audio' cannot be read causally: a token of Spectrogram hears of later ones"):
+        model.init(jax.random.key(0), batch, ["audio"])
+    out, _ = model.init_with_output(jax.random.key(0), batch, (name for name in ["text"]))
+    assert out.streams["text"].causal and not out.streams["audio"].causal

@@ -28,6 +28,8 @@ def test_power_spectrum_is_a_windowed_fourier_transform(rng):
         np.testing.assert_allclose(
             found[t], np.abs((frame * np.exp(-2j * np.pi * k * n / 512)).sum(1)) ** 2, rtol=1e-3, atol=1e-3
         )
+    with pytest.raises(InputError, match="does not hold a window of 600"):
+        power_spectrum(x, 600, 160, 512)
     with pytest.raises(InputError, match="at least 400 samples"):
         power_spectrum(x[:399])
 
@@ -68,7 +70,7 @@ def test_layout_boxes():
     assert {k: v.tolist() for k, v in boxes.items()} == {
         "left": [50, 0], "top": [200, 0], "right": [550, 1000], "bottom": [400, 1000], "box_width": [500, 1000], "box_height": [200, 1000],
     }  # fmt: skip
-    for wrong in ([[0, 0, 201, 10]], [[-1, 0, 1, 1]], [[5, 0, 1, 1]]):
+    for wrong in ([[0, 0, 1]], [[0, 0, 201, 10]], [[-1, 0, 1, 1]], [[5, 0, 1, 1]]):
         with pytest.raises(InputError, match="layout"):
             layout_boxes(np.asarray(wrong), (200, 100))
 
@@ -112,7 +114,9 @@ def test_a_table_becomes_tokens_with_rows_columns_and_ranks():
     short, mask = table_tokens(["name", "age"], [["ann lee", "30"]], lambda text: [len(w) for w in text.split()], 3)
     assert mask.all() and short["ids"].tolist() == [4, 3, 3]
     assert column_ranks(["1,200", "3%", "3", "-1"]) == [3, 2, 2, 1]
-    assert column_ranks(["1", "n/a"]) == [0, 0]
+    assert column_ranks(["1", "n/a"]) == column_ranks(["1", "nan"]) == [0, 0]
+    tall, _ = table_tokens(["n"], [[str(i)] for i in range(300)], lambda text: [1], 301)
+    assert tall["row"].max() == tall["rank"].max() == 255
     with pytest.raises(InputError, match="row 1 has 1 cells, the header 2"):
         table_tokens(["a", "b"], [["1", "2"], ["3"]], lambda _: [1], 9)
 
@@ -148,6 +152,13 @@ def test_data_flow_of_functions_comprehensions_and_objects():
     assert {("v@1", "v@1"), ("out@1", "v@1")} <= flow("out = [v for v in xs]\n")
     assert ("d@2", "v@2") in flow("d = {}\nd[0] = v\n")
     assert {("n@1", "m@1"), ("n@2", "n@1")} <= flow("if (n := m):\n  print(n)\n")
+    assert ("x@1", "x@1") in flow("x = 1; y = [x for x in a]; z = x\n")
+    found = data_flow("x = 1\ny = [x for x in a]\nz = x\n")
+    last, first = len(found.names) - 2, 0
+    assert found.names[last] == "x" and found.edges[last].nonzero()[0].tolist() == [first]
+    assert ("x@2", "x@2") not in {e for e in flow("for x in xs:\n  x = x + 1\n") if e[0] == e[1] == "x@1"}
+    assert ("y@4", "y@3") in flow("match q:\n  case 1:\n    y = 2\nprint(y)\n")
+    assert {("a@2", "a@1"), ("k@2", "k@1")} <= flow("def f(*a, **k):\n  return a, k\n")
     with pytest.raises(InputError, match="cannot be parsed as Python"):
         data_flow("def f(:")
 

@@ -368,6 +368,24 @@ def test_rotary_positions_go_by_coordinates(rng):
     np.testing.assert_allclose(after["text"].values, before["text"].values, atol=1e-5)
 
 
+@pytest.mark.parametrize("topology", EVERY)
+def test_who_else_is_there_changes_nobodys_place(rng, topology):
+    """With rotary positions, an absent video (three axes) leaves the image (two) where it stands."""
+    stages = make_topology(topology, 2, dataclasses.replace(BLOCK, rotary=100.0))
+    streams = make_streams(rng, (6, 3, 8), masked=False)
+    where = {
+        "image": np.stack(np.divmod(np.arange(6), 3), -1),
+        "audio": np.stack([*np.divmod(np.arange(8), 4), np.arange(8)], -1),
+    }
+    streams |= {n: dataclasses.replace(streams[n], coordinates=w.astype("f")) for n, w in where.items()}
+    params = init_stages(stages, streams, rng)
+    absent = streams | {"audio": dataclasses.replace(streams["audio"], mask=np.zeros((3, 8), bool))}
+    without = {name: streams[name] for name in ("image", "text")}
+    masked, less = (at_mask(apply_stages(stages, params, s)) for s in (absent, without))
+    masked.pop("audio", None)
+    same({n: v[:, : less[n].shape[1]] for n, v in masked.items()}, less)
+
+
 def test_bottleneck_and_latent_keep_a_causal_text_to_itself(rng):
     """They answer it; what it says reaches nobody."""
     for stage in (Bottleneck(2, block=BLOCK), Latent(2, 3, BLOCK)):
@@ -405,6 +423,8 @@ def test_sum_renormalises_over_the_streams_that_are_there():
     np.testing.assert_allclose(learned.apply(variables, {"a": a, "b": b})["fused"].values, out.values, rtol=1e-6)
     gradient = jax.grad(lambda v: learned.apply(v, {"a": a, "b": b})["fused"].values.sum())(variables)
     assert all(np.any(g) for g in jax.tree.leaves(gradient))
+    with pytest.raises(InputError, match="different special tokens"):
+        Sum().apply({}, {"a": a, "b": dataclasses.replace(b, special=("class",))})
     with pytest.raises(InputError, match="weights are positive"):
         Sum({"a": -1.0}).apply({}, {"a": a})
 
@@ -492,5 +512,23 @@ def test_wrong_topologies_are_refused():
         make_topology("multi_to_on", 4)
     with pytest.raises(InputError, match="needs depth >= 2, got 1"):
         make_topology("multi_to_one", 1)
+    modalities = {"image": mmx.modalities.Patches((8, 8), (4, 4)), "text": mmx.modalities.Ids(9, 4)}
+    for stage in (
+        PerStream(1, causal=("txt",)),
+        Cross(1, steps=("txt",)),
+        Cross(1, edges={"image": ("txt",)}),
+        Joint(1, sees={"image": ("txt",)}),
+    ):
+        with pytest.raises(InputError, match="did you mean 'text'"):
+            mmx.build_model(modalities, (stage,), width=8, heads=2)
+    with pytest.raises(InputError, match="no block for stream 'text'"):
+        model = mmx.build_model(modalities, (PerStream(1, {"image": BLOCK}),), width=8, heads=2)
+        model.init(jax.random.key(0), mmx.example_batch(model))
+    own = mmx.build_model(modalities, (PerStream(1, BLOCK),), width=8, heads=2, dtype="bfloat16")
+    out = jax.eval_shape(lambda: own.init_with_output(jax.random.key(0), mmx.example_batch(own))[0])
+    assert out.streams["text"].values.dtype == jnp.bfloat16
+    for wrong in ({"relative": 512}, {"relative": 6}, {"rotary": -1.0}):
+        with pytest.raises(InputError, match="block: r"):
+            dataclasses.replace(BLOCK, **wrong)
     with pytest.raises(InputError, match="no block"):
         Joint(1).init(jax.random.key(0), {"image": Tokens(np.zeros((1, 2, 8), "f"))})

@@ -20,6 +20,8 @@ def power_spectrum(samples: np.ndarray, window: int = 400, hop: int = 160, size:
     if samples.ndim != 1 or len(samples) < window:
         raise InputError(f"audio: expected a waveform (S,) of at least {window} samples (one window), got {samples.shape}")
     size = size or 1 << (window - 1).bit_length()
+    if size < window:
+        raise InputError(f"audio: a Fourier transform of size={size} does not hold a window of {window} samples")
     frames = np.lib.stride_tricks.sliding_window_view(samples, window)[::hop]  # (T, window)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
     return np.square(np.abs(np.fft.rfft(frames * hann, size))).astype(np.float32)

@@ -66,12 +66,15 @@ class _Visitor:
             self.write(node.target, found)
             return found
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
+            outer, self.set_by = self.set_by, copy.deepcopy(self.set_by)
             for generator in node.generators:
                 self.write(generator.target, self.read(generator.iter))
                 for condition in generator.ifs:
                     found |= self.read(condition)
             values = (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,)
-            return found.union(*(self.read(value) for value in values))
+            found = found.union(*(self.read(value) for value in values))
+            self.set_by = outer
+            return found
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             index = self.occurrence(node.id, node)
             self.edges |= {(index, source) for source in self.set_by.get(node.id, ())}
@@ -109,6 +112,11 @@ class _Visitor:
 
     def statement(self, s: Any) -> None:
         match s:
+            case (target, sources):  # a loop's next value
+                self.write(target, sources)
+            case ast.Match():
+                self.read(s.subject)
+                self.branches([], *(case.body for case in s.cases))
             case ast.Assign():
                 sources = self.read(s.value)
                 for target in s.targets:
@@ -119,8 +127,8 @@ class _Visitor:
                 self.write(s.target, self.read(s.value), keep=True)
             case ast.For() | ast.AsyncFor():
                 sources = self.read(s.iter)
-                self.write(s.target, sources)
-                self.branches([], [*s.body, *s.body])
+                bind = (s.target, sources)
+                self.branches([], [bind, *s.body, bind, *s.body])
                 self.block(s.orelse)
             case ast.While():
                 self.read(s.test)
@@ -140,7 +148,9 @@ class _Visitor:
                 self.block([*s.orelse, *s.finalbody])
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 outer, self.set_by = self.set_by, copy.deepcopy(self.set_by)
-                for argument in (*s.args.posonlyargs, *s.args.args, *s.args.kwonlyargs):
+                for argument in (*s.args.posonlyargs, *s.args.args, s.args.vararg, *s.args.kwonlyargs, s.args.kwarg):
+                    if argument is None:
+                        continue
                     self.set_by[argument.arg] = {self.occurrence(argument.arg, argument)}
                 self.block(s.body)
                 self.set_by = outer

@@ -19,8 +19,10 @@ def layout_boxes(boxes: np.ndarray, page: tuple[float, float], cells: int = 1000
         left, top, right, bottom, box_width, box_height: `(L,)` int32 each.
     """
     boxes = np.asarray(boxes, np.float64)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise InputError(f"layout: expected boxes (L, 4), got {boxes.shape}")
     scaled = np.floor(boxes * cells / np.asarray([*page, *page])).astype(np.int32)
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or (scaled < 0).any() or (scaled > cells).any():
+    if (scaled < 0).any() or (scaled > cells).any():
         raise InputError(f"layout: expected boxes (L, 4) inside the page of {page}, got {boxes.shape}: {boxes.tolist()[:4]}")
     left, top, right, bottom = scaled.T
     if (right < left).any() or (bottom < top).any():
@@ -70,6 +72,6 @@ def skeleton(joints: int, bones: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 COCO_BONES = (
-    *((0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10)),
+    *((0, 1), (0, 2), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10)),
     *((5, 11), (6, 12), (11, 12), (11, 13), (13, 15), (12, 14), (14, 16)),
 )  # of COCO's 17 key points: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles

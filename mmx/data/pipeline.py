@@ -22,11 +22,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mmx.cache import cache_folder
-from mmx.data.image import check_image, shift
+from mmx.data.image import check_image, cut_patches, shift
 from mmx.data.sources import DataError, Source, open_source
 from mmx.data.text import Tokenizer, cached_tokenizer
 from mmx.errors import InputError, at_least, unknown
-from mmx.modalities import Ids, Patches
+from mmx.modalities import Ids, PackedPatches, Patches
+from mmx.modalities.masking import unmask
 from mmx.types import Batch, Masked
 
 CORPUS = 100_000  # examples from which a tokenizer is learned, evenly spread over a larger split
@@ -101,12 +102,14 @@ class Examples:
         return dict(example)
 
     def _decode(self, embedder: nn.Module, value: Any) -> Any:
-        if isinstance(embedder, Patches):
+        if isinstance(embedder, Patches) and _is_image(embedder):
             return check_image(np.asarray(value), (*embedder.size, embedder.channels))
         if isinstance(embedder, Ids) and isinstance(value, str):
             assert self._tokenizer is not None
             return Masked(*self._tokenizer.encode(value, embedder.length))
-        return np.asarray(value)
+        if isinstance(embedder, PackedPatches):
+            return Masked(*cut_patches(np.asarray(value), embedder.patch, embedder.length))
+        return fit_raw(embedder, value)
 
 
 class Pipeline:
@@ -181,7 +184,7 @@ class Pipeline:
         rows = [examples[int(i)] for i in indices]
         rng = np.random.default_rng((self.seed, step))
         for name in self.config.fields:
-            if self.config.shift and isinstance(self.modalities[name], Patches):
+            if self.config.shift and _is_image(self.modalities[name]):
                 shifts = rng.integers(-self.config.shift, self.config.shift + 1, (self.batch_size, 2))
                 for row, (down, right) in zip(rows, shifts[process * len(rows) :], strict=False):
                     row[name] = shift(row[name], int(down), int(right))
@@ -208,6 +211,41 @@ class Pipeline:
                     f"modalities.{name}: vocab={embedder.vocab}, but the tokenizer has {self.tokenizer.vocab} ids; "
                     f"set --modalities.{name}.vocab to at least that"
                 )
+
+
+def fit_raw(embedder: Any, value: Any) -> Any:
+    """A raw value of one example, padded to the size the embedder was built for, and which of it exists.
+
+    Args:
+        embedder: says by its example what it reads: an array, or a dict of arrays.
+        value: the same, with as many or fewer tokens.
+
+    Raises:
+        ValueError: an array is missing, has another rank, or is larger.
+    """
+    expected, mask = unmask(jax.eval_shape(lambda: embedder.example(1)))
+    names = list(expected) if isinstance(expected, Mapping) else embedder.reads[:1]
+    if isinstance(expected, Mapping) and not (isinstance(value, Mapping) and set(value) >= set(names)):
+        found = ", ".join(value) if isinstance(value, Mapping) else type(value).__name__
+        raise InputError(f"expected a dict of {', '.join(names)}, got {found}")
+    arrays = {}
+    for name in names:
+        want, array = (expected[name], value[name]) if isinstance(expected, Mapping) else (expected, value)
+        array, shape = np.asarray(array), want.shape[1:]
+        fits = array.dtype != object and array.ndim == len(shape) and all(np.less_equal(array.shape, shape))
+        if not fits or (mask is None and array.shape != shape):
+            most = "" if mask is None else "at most "
+            raise InputError(f"{name}: expected {most}{tuple(shape)}, got {array.dtype} {array.shape}")
+        arrays[name] = np.pad(array, [(0, size - here) for here, size in zip(array.shape, shape, strict=True)])
+    raw = arrays if isinstance(expected, Mapping) else arrays[names[0]]
+    if mask is None:
+        return raw
+    count = len(value[embedder.reads[0]] if isinstance(expected, Mapping) else value)
+    return Masked(raw, np.arange(mask.shape[1]) < count)
+
+
+def _is_image(embedder: nn.Module) -> bool:
+    return isinstance(embedder, Patches) and len(embedder.size) == 2 and not embedder.resize
 
 
 def stack(examples: Sequence[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Tables as tokens with a row, a column and a rank (TAPAS, arXiv 2004.02349)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from mmx.errors import InputError
 
 
 def table_tokens(
-    header: Sequence[str], rows: Sequence[Sequence[str]], encode: Callable[[str], Sequence[int]], length: int
+    header: Sequence[str], rows: Sequence[Sequence[str]], encode: Callable[[str], Sequence[int]], length: int, most: int = 255
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Flattens a table row by row, the header first.
 
@@ -17,6 +18,7 @@ def table_tokens(
         rows: the cells as text; rows and columns count from 1.
         encode: a text's ids.
         length: tokens in the result; a longer table is cut at a whole token.
+        most: the highest row, column and rank; what is higher shares it (TAPAS has tables of 256).
 
     Returns:
         `{"ids", "row", "column", "rank"}`, `(length,)` int32 each, and which exist. A cell's rank is its place, from 1,
@@ -36,6 +38,7 @@ def table_tokens(
     out = np.zeros((4, length), np.int32)
     kept = np.asarray(tokens[:length], np.int32).reshape(-1, 4).T
     out[:, : kept.shape[1]] = kept
+    out[1:] = np.minimum(out[1:], most)
     return dict(zip(("ids", "row", "column", "rank"), out, strict=True)), np.arange(length) < kept.shape[1]
 
 
@@ -44,6 +47,8 @@ def column_ranks(cells: Sequence[str]) -> list[int]:
     try:
         numbers = [float(cell.replace(",", "").rstrip("%")) for cell in cells]
     except ValueError:
+        return [0] * len(cells)
+    if not all(map(math.isfinite, numbers)):
         return [0] * len(cells)
     order = {value: i + 1 for i, value in enumerate(sorted(set(numbers)))}
     return [order[value] for value in numbers]

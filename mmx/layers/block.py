@@ -77,8 +77,10 @@ class BlockConfig:
             raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
         if self.head_size is None and self.width % self.heads:
             raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
-        if self.relative is not None and (self.relative < 4 or self.relative % 4):
-            raise InputError(f"block: relative={self.relative}; the number of buckets is a multiple of 4")
+        if self.relative is not None and (not 4 <= self.relative < 512 or self.relative % 4):
+            raise InputError(f"block: relative={self.relative}; the number of buckets is a multiple of 4 below 512")
+        if self.rotary is not None and self.rotary <= 0:
+            raise InputError(f"block: rotary={self.rotary}; the base is positive, None is for no rotary positions")
         if self.heads % (self.kv_heads or self.heads):
             raise InputError(f"block: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 

@@ -1,6 +1,6 @@
 """From raw arrays to tokens: one module for each kind of token. `mmx.modalities.list()` shows what each is for."""
 
-from mmx.modalities.catalogue import list
+from mmx.modalities.catalogue import list as list
 from mmx.modalities.embedder import Embedder
 from mmx.modalities.features import Features
 from mmx.modalities.graph import Graph
@@ -22,5 +22,4 @@ __all__ = [
     "Spectrogram",
     "Strokes",
     "Waveform",
-    "list",
 ]

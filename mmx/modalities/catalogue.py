@@ -87,7 +87,7 @@ FURTHER = (
         "word with layout box",
         "learned embedding",
         "LayoutLM",
-        lambda: Ids(30_522, 512, tables=dict.fromkeys(("left", "top", "right", "bottom", "height", "width_"), 1024)),
+        lambda: Ids(30_522, 512, tables=dict.fromkeys(("left", "top", "right", "bottom", "box_width", "box_height"), 1024)),
     ),
     Row("optical flow, depth", "patch", "linear projection", "Actor-Transformers", lambda: Patches((224, 224), (16, 16), 2)),
     Row("volume", "voxel", "linear projection", "VATT's kind", lambda: Patches((32, 32, 32), (8, 8, 8), 1)),

@@ -16,6 +16,7 @@ from mmx.modalities.masking import hide
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "fourier", "none")
+RESERVED = ("token", "position", "special", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -51,6 +52,7 @@ class Embedder(nn.Module, kw_only=True):
     dtype: Any = "float32"
 
     usual_position = "learned"
+    mixes = False  # whether a token hears of later ones, so that it cannot be read causally
     reads = ("array",)  # the names of what a subclass itself reads in a dict of raw arrays
 
     @property
@@ -60,6 +62,8 @@ class Embedder(nn.Module, kw_only=True):
 
     def fields(self, raw: Any) -> Mapping[str, Any]:
         """The raw value as a dict that holds what this embedder reads, and nothing else."""
+        if taken := {*self.tables, *self.vectors} & {*self.reads, *RESERVED}:
+            raise InputError(f"{self.name}: {', '.join(sorted(taken))} cannot be the name of a table or vector; choose another")
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
         wanted = (*self.reads, *self.tables, *self.vectors)
         for name in given:
@@ -116,6 +120,7 @@ class Embedder(nn.Module, kw_only=True):
         if self.type:
             values = values + self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype)
         if self.norm is not None:
+            values = hide(values, mask)  # what a norm makes of a NaN has a gradient of NaN
             values = make_norm("layer", self.norm, self.dtype, "norm")(values)
         return Tokens(hide(values, mask), mask, coordinates, special=self.special)
 
@@ -132,7 +137,7 @@ class Embedder(nn.Module, kw_only=True):
             features = fourier(grid_coordinates(grid), 16, self.grid)
             return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
         table = self.param("position", INITIAL, (int(np.prod(self.grid)), self.width))
-        return table[: grid[0]] if len(grid) == 1 else resample(table, self.grid, grid)
+        return table[: grid[0]] if len(grid) == 1 and grid <= self.grid else resample(table, self.grid, grid)
 
     def _put_in_front(
         self, values: jax.Array, mask: jax.Array | None, coordinates: Any

@@ -37,6 +37,7 @@ class Graph(Embedder):
     layers: int = 2
 
     usual_position = "none"
+    mixes = True
     reads = ("nodes", "edges")
 
     @property

@@ -108,6 +108,8 @@ class PackedPatches(Embedder):
     def __call__(self, raw: Any) -> Tokens:
         raw, mask = unmask(raw)
         fields = self.fields(raw)
+        if self.position not in (None, "learned"):
+            raise InputError(f"{self.name}: position={self.position!r}, but patches of any size have learned positions only")
         x, pixels = fields["patches"], math.prod(self.patch) * self.channels
         if x.ndim != 3 or x.shape[2] != pixels:
             raise InputError(f"{self.name}: expected patches of shape (B, L, {pixels}), got {x.shape}")

@@ -35,6 +35,10 @@ class Spectrogram(Embedder):
     reads = ("frames",)
 
     @property
+    def mixes(self) -> bool:
+        return self.kind != "linear"
+
+    @property
     def grid(self) -> tuple[int, ...]:
         return (self._tokens(self.frames),)
 
@@ -54,7 +58,10 @@ class Spectrogram(Embedder):
         if self.kind == "cnn":
             x = x[..., None]
             for i in range(2):
-                x = jax.nn.relu(nn.Conv(max(width // 4, 1), (3, 3), (2, 2), dtype=self.dtype, name=f"plane_{i}")(x))
+                conv = nn.Conv(max(width // 4, 1), (3, 3), (2, 2), padding=((1, 1), (1, 1)), dtype=self.dtype, name=f"plane_{i}")
+                here = None if here is None else here[:, ::2]
+                x = jax.nn.relu(conv(x))  # (B, T / 2, bins / 2, C)
+                x = x if here is None else jnp.where(here[..., None, None], x, 0)
             x = x.reshape(*x.shape[:2], -1)
         x = nn.Dense(width, dtype=self.dtype, name="linear")(x)
         if self.kind == "gated":

@@ -41,10 +41,11 @@ class Waveform(Embedder):
         return (self._tokens(self.samples),)
 
     def _tokens(self, samples: int) -> int:
+        given = samples
         for kernel, stride in self.layers:
             samples = (samples - kernel) // stride + 1
         if samples < 1:
-            raise InputError(f"waveform: its {self.samples} samples are shorter than one token of layers={self.layers}")
+            raise InputError(f"waveform: {given} samples are shorter than one token of layers={self.layers}")
         return samples
 
     @nn.compact

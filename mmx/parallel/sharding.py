@@ -70,7 +70,7 @@ def describe_leaf(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """
     axes = logical_axes(path)
     if axes is None or not axes.all:
-        if math.prod(shape) >= LARGE:
+        if axes is None and math.prod(shape) >= LARGE:
             raise InputError(
                 f"sharding: {path} with shape {shape} is large ({math.prod(shape):,} elements) and no pattern of "
                 f"mmx/parallel/sharding.py names its dimensions; add a line for it to TABLE"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from mmx.errors import InputError, unknown
 from mmx.layers import BlockConfig
 from mmx.topologies.bottleneck import bottleneck
-from mmx.topologies.catalogue import list
+from mmx.topologies.catalogue import list as list
 from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
@@ -60,7 +60,6 @@ __all__ = [
     "early_concatenation",
     "early_summation",
     "latent",
-    "list",
     "make_topology",
     "multi_to_one",
     "one_to_multi",

@@ -11,7 +11,7 @@ from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
 from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, sight
 from mmx.types import Streams, Tokens
 
-BOTTLENECK = "bottleneck"
+BOTTLENECK = "shared tokens"  # no modality has such a name
 INITIAL = nn.initializers.normal(0.02)
 
 

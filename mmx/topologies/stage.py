@@ -17,6 +17,8 @@ from mmx.errors import InputError
 from mmx.layers import BlockConfig, Sight, visibility
 from mmx.types import Streams, Tokens
 
+AXES = 3  # time, row, column
+
 
 class Stage(nn.Module):
     """What maps streams to streams. Subclasses are called as `stage(streams) -> streams`.
@@ -30,10 +32,17 @@ class Stage(nn.Module):
 
 
 def fill_block(stage: Stage, block: BlockConfig) -> Stage:
-    """Returns the stage with `block` where it has none of its own."""
-    if getattr(stage, "block", block) is None:
-        return dataclasses.replace(stage, block=block)  # pyright: ignore[reportCallIssue]
-    return stage
+    """Returns the stage with `block` where it has none of its own, and in any case with its type of computation."""
+    if not hasattr(stage, "block"):
+        return stage
+    own = stage.block  # pyright: ignore[reportAttributeAccessIssue]
+    if own is None:
+        own = block
+    elif isinstance(own, Mapping):
+        own = {name: dataclasses.replace(b, dtype=block.dtype) for name, b in own.items()}
+    else:
+        own = dataclasses.replace(own, dtype=block.dtype)
+    return dataclasses.replace(stage, block=own)  # pyright: ignore[reportCallIssue]
 
 
 def given(block: BlockConfig | None, stage: Stage) -> BlockConfig:
@@ -82,13 +91,15 @@ def split(values: jax.Array, streams: Streams) -> Streams:
 
 
 def _join_coordinates(tokens: list[Tokens]) -> jax.Array:
-    """On common axes, each stream from 0: a place on a line is the same number on every axis; an image stands at time 0."""
+    """On three axes, each stream from 0: a place on a line is the same number on every axis; an image stands at time 0.
+
+    Always on three, so that who else is there changes nobody's place.
+    """
     where = [np.arange(t.values.shape[1])[:, None] if t.coordinates is None else t.coordinates for t in tokens]
-    axes = max(w.shape[-1] for w in where)
     per_example = any(w.ndim == 3 for w in where)
     lifted = []
     for w, t in zip(where, tokens, strict=True):
         w = jnp.asarray(w, jnp.float32)
-        w = jnp.tile(w, axes) if w.shape[-1] == 1 else jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(axes - w.shape[-1], 0)])
+        w = jnp.tile(w, AXES) if w.shape[-1] == 1 else jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(AXES - w.shape[-1], 0)])
         lifted.append(jnp.broadcast_to(w, (t.values.shape[0], *w.shape[-2:])) if per_example else w)
     return jnp.concatenate(lifted, -2)

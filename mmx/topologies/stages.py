@@ -31,7 +31,6 @@ class Sum(Stage):
 
     weights: Mapping[str, float] | None = None
     learned: bool = False
-    block: BlockConfig | None = None
 
     @property
     def separate(self) -> bool:
@@ -53,8 +52,12 @@ class Sum(Stage):
         values = total / jnp.where(mask, norm, 1)[..., None]  # (B, L, D)
         dtype = next(iter(streams.values())).values.dtype
         causal = any(tokens.causal for tokens in streams.values())
-        where = next(tokens.coordinates for tokens in streams.values() if tokens.values.shape[1] == length)
-        return {FUSED: Tokens(values.astype(dtype), mask, where, causal)}
+        special = {tokens.special for tokens in streams.values()}
+        if len(special) > 1:
+            raise InputError(
+                f"Sum: streams have different special tokens in front {sorted(special)}; they would be summed to others"
+            )
+        return {FUSED: Tokens(values.astype(dtype), mask, causal=causal, special=special.pop())}
 
     def _weight(self, name: str) -> Any:
         weight = (self.weights or {}).get(name, 1.0)
@@ -92,6 +95,8 @@ class PerStream(Stage):
             if depth == 0:
                 new[name] = tokens
                 continue
+            if isinstance(self.block, Mapping) and name not in self.block:
+                raise InputError(f"PerStream.block: no block for stream {name!r}; it has {', '.join(self.block)}")
             block = self.block[name] if isinstance(self.block, Mapping) else self.block
             owner = "shared" if self.share else name
             if owner not in stacks:
