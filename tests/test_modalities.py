@@ -326,7 +326,7 @@ def test_padding_changes_nothing(kind, rng):
     here = mask.shape[1] - 3
 
     def cut(x, length):
-        return x[:, :length, :length] if x.shape[1:] == (mask.shape[1],) * 2 else x[:, :length]  # edges have two such axes
+        return x[:, :length, :length] if x.dtype == bool else x[:, :length]  # edges have two such axes
 
     out = []
     for length in (here, here + 1, here + 3):
