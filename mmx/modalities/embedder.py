@@ -12,7 +12,7 @@ import numpy as np
 from mmx.errors import InputError, unknown
 from mmx.layers import make_norm
 from mmx.layers.positions import fourier, grid_coordinates, resample, sincos
-from mmx.modalities.masking import hide
+from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "fourier", "none")
@@ -60,8 +60,9 @@ class Embedder(nn.Module, kw_only=True):
         """How the tokens lie: (L,) in a row, (rows, columns) in an image. The special ones are not among them."""
         raise NotImplementedError
 
-    def fields(self, raw: Any) -> Mapping[str, Any]:
-        """The raw value as a dict that holds what this embedder reads, and nothing else."""
+    def read(self, raw: Any) -> tuple[Mapping[str, Any], Any]:
+        """Splits a raw value into a dict that holds what this embedder reads and nothing else, and its mask."""
+        raw, mask = unmask(raw)
         if taken := {*self.tables, *self.vectors} & {*self.reads, *RESERVED}:
             raise InputError(f"{self.name}: {', '.join(sorted(taken))} cannot be the name of a table or vector; choose another")
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
@@ -71,7 +72,7 @@ class Embedder(nn.Module, kw_only=True):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
-        return given
+        return given, mask
 
     def with_tables(self, raw: Any, batch_size: int) -> Any:
         """A raw value for `example`, with zeros for the tables and vectors."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import Embedder
-from mmx.modalities.masking import hide, token_mask, unmask
+from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 
 
@@ -38,8 +38,7 @@ class Features(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         x = fields["features"]
         if x.ndim != 3 or x.shape[2] != self.size or x.shape[1] > self.length:
             raise InputError(f"{self.name}: expected features of shape (B, L <= {self.length}, {self.size}), got {x.shape}")

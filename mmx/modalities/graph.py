@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import INITIAL, Embedder
-from mmx.modalities.masking import hide, token_mask, unmask
+from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 
 
@@ -46,8 +46,7 @@ class Graph(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         nodes, edges, width = fields["nodes"], fields["edges"], self.width or 0
         if (self.channels is None) == (self.vocab is None):
             raise InputError(f"{self.name}: set channels (nodes are numbers) or vocab (nodes are ids), not both")

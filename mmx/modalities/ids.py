@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import INITIAL, Embedder
-from mmx.modalities.masking import token_mask, unmask
+from mmx.modalities.masking import token_mask
 from mmx.types import Masked, Tokens
 
 
@@ -31,8 +31,7 @@ class Ids(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         ids = fields["ids"]
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise InputError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mmx.errors import InputError
 from mmx.layers.positions import sample
 from mmx.modalities.embedder import INITIAL, Embedder
-from mmx.modalities.masking import hide, token_mask, unmask
+from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 
 
@@ -56,8 +56,7 @@ class Patches(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         image = fields["image"]
         size, expected = image.shape[1:-1], (*self.size, self.channels)
         if len(size) != len(self.size) or image.shape[-1] != self.channels or (size != tuple(self.size) and not self.resize):
@@ -106,8 +105,7 @@ class PackedPatches(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         if self.position not in (None, "learned"):
             raise InputError(f"{self.name}: position={self.position!r}, but patches of any size have learned positions only")
         x, pixels = fields["patches"], math.prod(self.patch) * self.channels

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import Embedder
-from mmx.modalities.masking import hide, token_mask, unmask
+from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 
 
@@ -38,8 +38,7 @@ class Points(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         x, width = fields["points"], self.width or 0
         if x.ndim != 3 or x.shape[2] != self.channels or x.shape[1] > self.points:
             raise InputError(f"{self.name}: expected points of shape (B, P <= {self.points}, {self.channels}), got {x.shape}")

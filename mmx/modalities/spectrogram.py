@@ -14,7 +14,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import Embedder
-from mmx.modalities.masking import hide, shorter_mask, unmask
+from mmx.modalities.masking import hide, shorter_mask
 from mmx.types import Masked, Tokens
 
 
@@ -47,8 +47,7 @@ class Spectrogram(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         x, width = fields["frames"], self.width or 0
         if x.ndim != 3 or x.shape[2] != self.bins or x.shape[1] > self.frames:
             raise InputError(f"{self.name}: expected frames of shape (B, T <= {self.frames}, {self.bins}), got {x.shape}")

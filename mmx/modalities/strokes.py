@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import INITIAL, Embedder
-from mmx.modalities.masking import hide, token_mask, unmask
+from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 
 
@@ -34,8 +34,7 @@ class Strokes(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         points, pen = fields["points"], fields["pen"]
         if points.ndim != 3 or points.shape[2] != 2 or points.shape[1] > self.length or pen.shape != points.shape[:2]:
             raise InputError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.modalities.embedder import Embedder
-from mmx.modalities.masking import hide, shorter_mask, unmask
+from mmx.modalities.masking import hide, shorter_mask
 from mmx.types import Masked, Tokens
 
 SEGMENTS = ((400, 400),)
@@ -50,8 +50,7 @@ class Waveform(Embedder):
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
-        raw, mask = unmask(raw)
-        fields = self.fields(raw)
+        fields, mask = self.read(raw)
         x = fields["samples"]
         if x.ndim != 2 or x.shape[1] > self.samples or not jnp.issubdtype(x.dtype, jnp.floating):
             raise InputError(f"{self.name}: expected floating-point samples (B, S <= {self.samples}), got {x.dtype} {x.shape}")
