@@ -29,7 +29,7 @@ def plot_points(points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: 
     figure, axes = _figure()
     for name, found in points.items():
         if found:
-            axes.scatter(*np.asarray(found, float).T, label=name)
+            axes.scatter(*np.asarray(found, float).T, label=name, alpha=0.7)
     _finish(figure, axes, x, y, path)
 
 

@@ -130,12 +130,18 @@ def make_report(study: Study, base: Experiment, results: Mapping[str, Any], fold
     """The report as Markdown, with its plots beside it."""
     from mmx.plots import plot_curves, plot_points
 
+    own = f"those of `{base.topology}`"
+    matching = {
+        "nothing": "parameters and FLOPs are not matched",
+        "parameters": f"parameters are matched to {own} by the hidden size of the MLPs",
+        "flops": f"the FLOPs of the whole training are matched to {own} by the number of steps",
+    }[study.match]
     curves = {name: [r["curves"] for r in runs] for name, runs in results.items()}
     lines = [
         "# Study",
         "",
-        f"{len(study.topologies)} topologies, seeds {', '.join(map(str, study.seeds))}, steps of "
-        f"{base.batch_size} examples of {base.data.name}; matched to `{base.topology}`: {study.match}. Mean and standard "
+        f"{len(study.topologies)} topologies, seeds {', '.join(map(str, study.seeds))}, batches of {base.batch_size} examples "
+        f"of {base.data.name}; {matching}. Mean and standard "
         f"deviation over the seeds. FLOPs are those of matrix products, counted in the program.",
         "",
         make_table(results),

@@ -397,6 +397,8 @@ def test_bottleneck_and_latent_keep_a_causal_text_to_itself(rng):
             other = streams | {changed: dataclasses.replace(streams[changed], values=-streams[changed].values)}
             after = apply_stages([stage], [params], other)
             assert {n for n in streams if np.abs(after[n].values - before[n].values).max() > 1e-4} == moved
+        alone = apply_stages([stage], [params], {"image": streams["image"]})
+        np.testing.assert_allclose(alone["image"].values, before["image"].values, atol=1e-5)
 
 
 def test_permuting_tokens_permutes_outputs(rng):

@@ -79,6 +79,7 @@ class Examples:
     ):
         self.source, self._fields, self._modalities, self._tokenizer = source, fields, modalities, tokenizer
         self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
+        self._forms: dict[str, tuple[Any, Any]] = {}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -92,7 +93,7 @@ class Examples:
         raw, example = self.source[index], {}
         for name, field in self._fields.items():
             try:
-                example[name] = self._decode(self._modalities[name], raw[field])
+                example[name] = self._decode(name, raw[field])
             except ValueError as error:
                 key = raw.get("key", "none")
                 where = f"{self.source.label}, example {index} (key {key}), field {field!r}, modality {name!r}"
@@ -101,7 +102,8 @@ class Examples:
             self._kept[index] = example
         return dict(example)
 
-    def _decode(self, embedder: nn.Module, value: Any) -> Any:
+    def _decode(self, name: str, value: Any) -> Any:
+        embedder = self._modalities[name]
         if isinstance(embedder, Patches) and _is_image(embedder):
             return check_image(np.asarray(value), (*embedder.size, embedder.channels))
         if isinstance(embedder, Ids) and isinstance(value, str):
@@ -109,7 +111,9 @@ class Examples:
             return Masked(*self._tokenizer.encode(value, embedder.length))
         if isinstance(embedder, PackedPatches):
             return Masked(*cut_patches(np.asarray(value), embedder.patch, embedder.length))
-        return fit_raw(embedder, value)
+        if name not in self._forms:
+            self._forms[name] = raw_form(embedder)
+        return fit_raw(embedder, value, self._forms[name])
 
 
 class Pipeline:
@@ -213,17 +217,23 @@ class Pipeline:
                 )
 
 
-def fit_raw(embedder: Any, value: Any) -> Any:
+def raw_form(embedder: Any) -> tuple[Any, Any]:
+    """The shapes of what an embedder reads, and of its mask."""
+    return unmask(jax.eval_shape(lambda: embedder.example(1)))
+
+
+def fit_raw(embedder: Any, value: Any, form: tuple[Any, Any] | None = None) -> Any:
     """A raw value of one example, padded to the size the embedder was built for, and which of it exists.
 
     Args:
         embedder: says by its example what it reads: an array, or a dict of arrays.
         value: the same, with as many or fewer tokens.
+        form: `raw_form(embedder)`, for who calls this for every example.
 
     Raises:
         ValueError: an array is missing, has another rank, or is larger.
     """
-    expected, mask = unmask(jax.eval_shape(lambda: embedder.example(1)))
+    expected, mask = form or raw_form(embedder)
     names = list(expected) if isinstance(expected, Mapping) else embedder.reads[:1]
     if isinstance(expected, Mapping) and not (isinstance(value, Mapping) and set(value) >= set(names)):
         found = ", ".join(value) if isinstance(value, Mapping) else type(value).__name__

@@ -108,7 +108,7 @@ def list() -> str:
 
 def example_shape(module: Embedder) -> str:
     """The raw arrays of an example, such as `ids (512), segment (512)`."""
-    raw, _ = unmask(jax.eval_shape(lambda: module.example(1)))  # type: ignore[attr-defined]
+    raw, _ = unmask(jax.eval_shape(lambda: module.example(1)))
     names = (*module.reads, *module.tables, *module.vectors)
     shapes = {name: raw[name].shape[1:] for name in names} if isinstance(raw, dict) else {names[0]: raw.shape[1:]}
     return ", ".join(f"{name} {tuple(shape)}".replace(",)", ")") for name, shape in shapes.items())

@@ -1,5 +1,6 @@
 """What all embedders share: a token is a sum of embeddings, and tokens that are not there are hidden."""
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -56,9 +57,13 @@ class Embedder(nn.Module, kw_only=True):
     reads = ("array",)  # the names of what a subclass itself reads in a dict of raw arrays
 
     @property
+    @abc.abstractmethod
     def grid(self) -> tuple[int, ...]:
         """How the tokens lie: (L,) in a row, (rows, columns) in an image. The special ones are not among them."""
-        raise NotImplementedError
+
+    @abc.abstractmethod
+    def example(self, batch_size: int) -> Any:
+        """A batch of the right form, for building parameters and for tests: zeros, all there."""
 
     def read(self, raw: Any) -> tuple[Mapping[str, Any], Any]:
         """Splits a raw value into a dict that holds what this embedder reads and nothing else, and its mask."""

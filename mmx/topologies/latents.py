@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmx.layers import Block, BlockConfig, Sight, Stack, make_norm
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
-from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, sight
+from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight
 from mmx.types import Streams, Tokens
 
 BOTTLENECK = "shared tokens"  # no modality has such a name
@@ -52,9 +52,7 @@ class Bottleneck(Stage):
         layers = scan_layers(_BottleneckLayer, self.depth, block)(block, self.sublayers, owners, name="layers")
         carry = ({name: t.values for name, t in streams.items()}, shared)
         (new, _), _ = layers(carry, drop_path_rates(self.depth, block), (sights, writes))
-        if block.norm == "pre":
-            norms = {o: make_norm(block.norm_kind, block.eps, block.dtype, f"{o}_norm") for o in relative}
-            new = {name: norms[owners[name]](x) for name, x in new.items()}
+        new = norm_each(new, owners, block)
         return {name: dataclasses.replace(t, values=new[name]) for name, t in streams.items()}
 
 

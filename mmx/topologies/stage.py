@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError
-from mmx.layers import BlockConfig, Sight, visibility
+from mmx.layers import BlockConfig, Sight, make_norm, visibility
 from mmx.types import Streams, Tokens
 
 AXES = 3  # time, row, column
@@ -58,6 +58,14 @@ def fit(tokens: Tokens, width: int, name: str) -> Tokens:
         return tokens
     project = nn.Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
     return dataclasses.replace(tokens, values=project(tokens.values))
+
+
+def norm_each(values: dict[str, jax.Array], owners: Mapping[str, str], block: BlockConfig) -> dict[str, jax.Array]:
+    """The norm behind pre-norm layers for each stream, by the name of whoever owns its weights; post-norm needs none."""
+    if block.norm == "post":
+        return values
+    norms = {o: make_norm(block.norm_kind, block.eps, block.dtype, f"{o}_norm") for o in dict.fromkeys(owners.values())}
+    return {name: norms[owners[name]](x) for name, x in values.items()}  # pyright: ignore[reportCallIssue]
 
 
 def lengths(streams: Streams) -> dict[str, int]:

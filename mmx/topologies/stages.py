@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import Block, BlockConfig, Sight, Stack, make_norm
+from mmx.layers import Block, BlockConfig, Sight, Stack
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
-from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, sight, split
+from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
 from mmx.types import Streams, Tokens
 
 FUSED = "fused"  # the name of the stream that summation leaves
@@ -174,35 +174,30 @@ class Cross(Stage):
         streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
         active = {name: tokens for name, tokens in streams.items() if self.steps is None or name in self.steps}
         sources = {name: self._sources(name, streams) for name in active}
-        owners = dict.fromkeys(self._owner(name) for name in active)
-        relative = {owner: relative_positions(block, f"{owner}_relative") for owner in owners}
-        sights = {n: relative[self._owner(n)](sight({n: t}), [t.values.shape[1]]) for n, t in active.items()}
+        owners = {name: "shared" if self.share else name for name in active}
+        relative = {owner: relative_positions(block, f"{owner}_relative") for owner in dict.fromkeys(owners.values())}
+        sights = {n: relative[owners[n]](sight({n: t}), [t.values.shape[1]]) for n, t in active.items()}
         entered = {  # a stream without values is read as the layer before left it
             name: tokens if self.original or name not in active else dataclasses.replace(tokens, values=None)
             for name, tokens in streams.items()
         }
         layers = scan_layers(_CrossLayer, self.depth, block)
-        layers = layers(block, self.sublayers, sources, self.share, name="layers")
+        layers = layers(block, self.sublayers, sources, owners, name="layers")
         carry = {name: tokens.values for name, tokens in active.items()}
         carry, _ = layers(carry, drop_path_rates(self.depth, block), (sights, entered))
-        if block.norm == "pre":
-            norms = {n: make_norm(block.norm_kind, block.eps, block.dtype, f"{n}_norm") for n in owners}
-            carry = {name: norms[self._owner(name)](x) for name, x in carry.items()}
+        carry = norm_each(carry, owners, block)
         return {name: dataclasses.replace(t, values=carry.get(name, t.values)) for name, t in streams.items()}
 
     def _sources(self, name: str, streams: Streams) -> tuple[str, ...]:
         named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
         return tuple(n for n in named if n in streams and n != name and not streams[n].causal)
 
-    def _owner(self, name: str) -> str:
-        return "shared" if self.share else name
-
 
 class _CrossLayer(nn.Module):
     config: BlockConfig
     sublayers: str
     sources: Mapping[str, tuple[str, ...]]
-    share: bool
+    owners: Mapping[str, str]
 
     @nn.compact
     def __call__(
@@ -214,14 +209,11 @@ class _CrossLayer(nn.Module):
             tokens = entered[name]
             return tokens if tokens.values is not None else dataclasses.replace(tokens, values=values[name])
 
-        blocks: dict[str, Block] = {}
+        blocks = {o: Block(self.config, self.sublayers, name=o) for o in dict.fromkeys(self.owners.values())}
         new = {}
         for name, sources in self.sources.items():
-            owner = "shared" if self.share else name
-            if owner not in blocks:
-                blocks[owner] = Block(self.config, self.sublayers, name=owner)
             context = concatenate({n: read(n) for n in sources}) if sources else Tokens(None)  # type: ignore[arg-type]
-            new[name] = blocks[owner](values[name], sights[name], context.values, context.mask, rate)
+            new[name] = blocks[self.owners[name]](values[name], sights[name], context.values, context.mask, rate)
         return new, None
 
 
