@@ -26,7 +26,8 @@ def greedy(
     """Returns the likeliest next id, again and again: `(B, length)` int32, from `begin` to `end`, then `pad`.
 
     Args:
-        given: the other modalities, at least one.
+        given: the other modalities, at least one. If the text's tokens have tables or vectors beside their ids, they stand
+            here under the text's name: `{"image": ..., "text": {"segment": (B, length)}}`.
         text: the modality that is generated.
         head: the head that scores the next id.
         length: ids to return, `begin` and `end` included.
@@ -35,11 +36,13 @@ def greedy(
         pad: the id of what does not exist.
     """
     size = jax.tree.leaves(given)[0].shape[0]
+    beside, others = given.get(text, {}), {name: value for name, value in given.items() if name != text}
 
     def step(position: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         ids, alive = carry
         mask = jnp.broadcast_to(jnp.arange(length) <= position, ids.shape)
-        out: Any = model.apply({"params": params}, {**given, text: Masked(ids, mask)}, (text,))
+        raw = {**beside, "ids": ids} if beside else ids
+        out: Any = model.apply({"params": params}, {**others, text: Masked(raw, mask)}, (text,))
         best = out.logits[head][:, position].argmax(-1).astype(jnp.int32)
         ids = ids.at[:, position + 1].set(jnp.where(alive, best, pad))
         return ids, alive & (best != end)

@@ -75,6 +75,27 @@ def test_greedy_is_the_likeliest_next_token_step_by_step(tiny):
     np.testing.assert_array_equal(ids, expected)
 
 
+def test_greedy_of_ids_with_tables(rng):
+    """A table that is all one row is a constant added to every word, and the answer is that of a model with it in its positions."""
+    image = mmx.modalities.Patches((8, 8), (4, 4))
+    model, plain = (
+        mmx.build_model(
+            {"image": image, "text": mmx.modalities.Ids(9, 6, tables=tables)},
+            width=8, depth=2, heads=2, outputs={"captioning": mmx.heads.TiedDecoder("text")},
+        )
+        for tables in ({"segment": 2}, {})
+    )  # fmt: skip
+    variables = jax.jit(model.init)(jax.random.key(0), mmx.example_batch(model))
+    params = jax.tree.map(lambda x: x + rng.standard_normal(x.shape).astype("f"), variables["params"])
+    given = {"image": rng.integers(0, 255, (32, 8, 8, 3), np.uint8)}
+    ids = mmx.greedy(model, params, given | {"text": {"segment": np.ones((32, 6), np.int32)}}, length=6, begin=1, end=0)
+    text = dict(params["modalities_text"])
+    text["position"] = text["position"] + text.pop("segment")["embedding"][1]
+    expected = mmx.greedy(plain, params | {"modalities_text": text}, given, length=6, begin=1, end=0)
+    np.testing.assert_array_equal(ids, expected)
+    assert len({tuple(row) for row in np.asarray(ids).tolist()}) > 1
+
+
 def test_captions_report(tiny):
     report = Captions(split="composition[:20]", count=12, show=3)(evaluation(tiny))
     assert report.metrics["exact"] == 0 and "of 12 are right" in report.text and len(report.text.splitlines()) == 5

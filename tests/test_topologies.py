@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import mmx
 from mmx.errors import InputError
-from mmx.layers import BlockConfig
+from mmx.layers import BlockConfig, Line
+from mmx.layers.stack import RelativeBias
 from mmx.topologies import (
     BEYOND,
     TOPOLOGIES,
@@ -334,7 +335,9 @@ def test_cross_may_read_the_original_tokens(rng):
 
 @pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": 8}])
 @pytest.mark.parametrize(
-    "stage", [Joint(2), PerStream(2), Cross(2), Bottleneck(2), Cross(2, share=True)], ids=lambda s: type(s).__name__
+    "stage",
+    [Joint(2), PerStream(2), Cross(2), Bottleneck(2), Cross(2, share=("cross", "self", "mlp"))],
+    ids=lambda s: type(s).__name__,
 )
 def test_positions_in_attention_tell_the_order(rng, stage, change):
     """With rotary or relative positions, shuffled tokens are another input; distances are what counts."""
@@ -462,11 +465,126 @@ def test_streams_that_do_not_step_are_read_and_left_alone(rng):
 
 def test_shared_weights_serve_all_streams(rng):
     streams = make_streams(rng, (4, 3))
-    for stage in (Cross(2, BLOCK, share=True), PerStream(2, BLOCK, share=True)):
+    for stage in (Cross(2, BLOCK, share=("cross", "self", "mlp")), PerStream(2, BLOCK, share=True)):
         (params,) = init_stages([stage], streams, rng)
         swapped = {"image": streams["text"], "text": streams["image"]}
         out, crossed = (apply_stages([stage], [params], s) for s in (streams, swapped))
         np.testing.assert_allclose(out["image"].values, crossed["text"].values, atol=1e-5)
+
+
+def test_directions_share_one_sublayer(rng):
+    """LXMERT: cross-attention is one for both, all else is each stream's own."""
+    streams, stage = make_streams(rng, (4, 3)), Cross(2, BLOCK, share=("cross",))
+    (params,) = init_stages([stage], streams, rng)
+    assert set(params["layers"]["shared"]) == {"cross", "cross_norm"}
+    assert set(params["layers"]["text"]) == {"self", "self_norm", "mlp", "mlp_norm"} and "text_norm" in params
+    copied = {name: params["layers"][name] | params["layers"]["shared"] for name in streams}
+    apart = apply_stages([Cross(2, BLOCK)], [params | {"layers": copied}], streams)
+    same(at_mask(apart), at_mask(apply_stages([stage], [params], streams)))
+    for share, block in ((("crosss",), BLOCK), (("cross",), {"image": BLOCK, "text": dataclasses.replace(BLOCK, heads=1)})):
+        with pytest.raises(InputError, match="Cross.share"):
+            init_stages([dataclasses.replace(stage, share=share, block=block)], streams, rng)
+
+
+def test_streams_of_cross_may_differ_in_width(rng):
+    """ViLBERT: 1024 beside 768. Who reads one stream reads it as it is; who reads several has them projected."""
+    blocks = {n: BlockConfig(width=w, heads=2, head_size=4, mlp=8) for n, w in (("image", 8), ("text", 12), ("audio", 16))}
+    two = make_streams(rng, (4, 3))
+    (params,) = init_stages([Cross(2, blocks)], two, rng)
+    assert params["layers"]["text"]["cross"]["key"]["kernel"].shape == (2, 8, 2, 4)
+    assert params["layers"]["image"]["cross"]["key"]["kernel"].shape == (2, 12, 2, 4)
+    out = apply_stages([Cross(2, blocks)], [params], two)
+    assert {n: t.values.shape[-1] for n, t in out.items()} == {"image": 8, "text": 12}
+    for example in range(3):
+        x = {n: t.values[example][t.mask[example]].astype(np.float64) for n, t in two.items()}
+        x["text"] = x["text"] @ params["text_project"]["kernel"] + params["text_project"]["bias"]
+        for i in range(2):
+            p = {n: reference.layer(params["layers"][n], i) for n in x}
+            x = {
+                n: reference.block(x[n], p[n], x[other], "cross self mlp") for n, other in (("image", "text"), ("text", "image"))
+            }
+        for n in x:
+            found = out[n].values[example][np.asarray(two[n].mask[example])]
+            np.testing.assert_allclose(found, reference.norm(x[n], params[f"{n}_norm"]), atol=2e-4)
+    three = make_streams(rng, (4, 3, 2))
+    names = dict(zip(three, ("image", "text", "audio"), strict=True))
+    three = {names[n]: t for n, t in three.items()}
+    (params,) = init_stages([Cross(2, blocks)], three, rng)
+    assert params["layers"]["text_reads_audio_project"]["kernel"].shape == (2, 16, 12)
+
+
+def test_attention_projections_for_each_modality(rng):
+    """BEiT-3: with equal weights in both, multiway attention is the attention they would share."""
+    streams, multiway = make_streams(rng, (4, 3)), Joint(2, BLOCK, multiway=("attention", "mlp", "norm"))
+    (one,) = init_stages([Joint(2, BLOCK)], streams, rng)
+    (params,) = init_stages([multiway], streams, rng)
+    layer = params["stack"]["layers"]["block"]
+    assert {"query_image", "query_text", "out_image", "out_text"} < set(layer["self"]) and "query" not in layer["self"]
+
+    def copy(own, path=()):
+        if not isinstance(own, dict):
+            shared = one
+            for name in path:
+                shared = shared[name if name in shared else name.rsplit("_", 1)[0]]
+            return shared
+        return {name: copy(value, (*path, name)) for name, value in own.items()}
+
+    same(*(at_mask(apply_stages([s], [p], streams)) for s, p in ((multiway, copy(params)), (Joint(2, BLOCK), one))))
+    changed = jax.tree.map(np.copy, copy(params))
+    changed["stack"]["layers"]["block"]["self"]["value_text"]["kernel"] += 1
+    before, after = apply_stages([multiway], [copy(params)], streams), apply_stages([multiway], [changed], streams)
+    assert np.abs(after["image"].values - before["image"].values).max() > 1e-3
+
+
+def test_relative_positions_on_a_grid(rng):
+    """BEiT's table: by rows and columns between two patches, and three numbers for the class token."""
+    grid = (2, 3)
+    bias, table = RelativeBias(grid, 2), rng.standard_normal((3 * 5 + 3, 2)).astype("f")
+    found = bias.apply({"params": {"bias": table}}, (Line(7, 1, grid),))
+    where = np.stack(np.divmod(np.arange(6), 3), -1)
+    for i in range(7):
+        for j in range(7):
+            row, column = (where[i - 1] - where[j - 1]) if i and j else (0, 0)
+            index = (row + 1) * 5 + column + 2 if i and j else 15 + (2 if i == j else 0 if i == 0 else 1)
+            np.testing.assert_array_equal(found[:, i, j], table[index])
+    larger = bias.apply({"params": {"bias": table}}, (Line(20, 0, (4, 5)),))
+    assert larger.shape == (2, 20, 20) and len(np.unique(np.asarray(larger[0]).round(6))) == 7 * 9
+    lines = (Line(6, 0, grid), Line(2))
+    params = bias.init(jax.random.key(0), lines)["params"]
+    both = bias.apply({"params": params}, lines)
+    np.testing.assert_array_equal(both[:, :6, :6], bias.apply({"params": params}, lines[:1]))
+    np.testing.assert_array_equal(both[:, :6, 6:], np.broadcast_to(params["between_bias"][:, None, None], (2, 6, 2)))
+    model = mmx.build_model(
+        {"image": mmx.modalities.Patches((8, 12), (4, 4), special=("class",)), "text": mmx.modalities.Ids(9, 4)},
+        (PerStream(1),),
+        width=8,
+        heads=2,
+        relative=grid,
+    )
+    params = model.init(jax.random.key(0), mmx.example_batch(model))["params"]
+    assert params["stages_0"]["image"]["relative"]["bias"].shape == (18, 2)
+    with pytest.raises(InputError, match="a grid is"):
+        dataclasses.replace(BLOCK, relative=(0, 2))
+
+
+def test_places_may_continue_from_stream_to_stream(rng):
+    """LLaVA: an image of 4 and a text of 3 with rotary positions are one sequence of 7."""
+    block = dataclasses.replace(BLOCK, rotary=100.0)
+    streams = make_streams(rng, (4, 3), masked=False)
+    one = {"fused": Tokens(np.concatenate([t.values for t in streams.values()], 1))}
+    stage = Joint(2, block, places="continued")
+    (params,) = init_stages([stage], streams, rng)
+    (together,) = apply_stages([Joint(2, block)], [params], one).values()
+    found = apply_stages([stage], [params], streams)
+    np.testing.assert_allclose(np.concatenate([t.values for t in found.values()], 1), together.values, atol=1e-5)
+    own = apply_stages([Joint(2, block)], [params], streams)
+    assert np.abs(own["text"].values - found["text"].values).max() > 1e-3
+    hidden = dataclasses.replace(streams["image"], mask=np.asarray([[1, 1, 0, 0]] * 3, bool))
+    shorter = Tokens(streams["image"].values[:, :2])
+    texts = [apply_stages([stage], [params], streams | {"image": image})["text"].values for image in (hidden, shorter)]
+    np.testing.assert_allclose(*texts, atol=1e-5)
+    with pytest.raises(InputError, match="did you mean 'continued'"):
+        init_stages([dataclasses.replace(stage, places="continue")], streams, rng)
 
 
 def test_streams_may_differ_in_depth_width_and_causality(rng):

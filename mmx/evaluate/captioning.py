@@ -43,6 +43,8 @@ class Captions:
         embedder = model.modalities[self.text]
         if "captioning" not in model.heads or tokenizer is None or not isinstance(embedder, Ids):
             return Report(text="no captions: the model was not trained to write any")
+        if embedder.tables or embedder.vectors:
+            return Report(text=f"no captions: the ids of {self.text!r} have tables beside them, whose values nobody has told")
         examples = evaluation.data.examples(self.split)
         chosen = np.unique(np.linspace(0, len(examples) - 1, self.count).astype(int))
         rows = [examples[int(i)] for i in chosen]

@@ -1,10 +1,24 @@
 """The blocks every model is made of. No model copies attention or MLP code."""
 
-from mmx.layers.attention import Attention, Sight, attend
-from mmx.layers.block import Block, BlockConfig
+from mmx.layers.attention import Attention, Line, Sight, attend
+from mmx.layers.block import MULTIWAY, Block, BlockConfig, sublayer_names
 from mmx.layers.masks import visibility
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import make_norm
 from mmx.layers.stack import Stack
 
-__all__ = ["ACTIVATIONS", "MLP", "Attention", "Block", "BlockConfig", "Sight", "Stack", "attend", "make_norm", "visibility"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "MULTIWAY",
+    "Attention",
+    "Block",
+    "BlockConfig",
+    "Line",
+    "Sight",
+    "Stack",
+    "attend",
+    "make_norm",
+    "sublayer_names",
+    "visibility",
+]

@@ -1,7 +1,8 @@
 """Attention, and the one place where a kernel is chosen."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -16,21 +17,39 @@ from mmx.parallel import constrain
 LOWEST = float(jnp.finfo(jnp.float32).min)  # the score of a key that may not be seen
 
 
+class Line(NamedTuple):
+    """A stream in a concatenation: how many tokens, how many special ones in front, and the grid of the others, if any."""
+
+    length: int
+    special: int = 0
+    grid: tuple[int, ...] | None = None
+
+
 @flax.struct.dataclass
 class Sight:
-    """What the tokens of a stream see of each other, and from where.
+    """What the tokens of a stream, or of several in one, see of each other, and from where.
 
     Attributes:
         mask: which tokens exist, `(B, L)`.
         visible: the rule who may see whom, `(L, L)`, a constant.
         coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
         bias: added to the scores, `(H, L, L)`: relative positions.
+        lines: the streams that stand one behind the other; read by relative positions.
     """
 
     mask: Any = None
     visible: Any = None
     coordinates: Any = None
     bias: Any = None
+    lines: tuple[Line, ...] = flax.struct.field(pytree_node=False, default=())
+
+
+def each_part(x: jax.Array, parts: Sequence[tuple[str, int]], make: Callable[[str], Any]) -> jax.Array:
+    """Applies `make("")` to `x (B, L, ...)`, or, where there are parts, `make("_NAME")` to each part of its tokens."""
+    if not parts:
+        return make("")(x)
+    pieces = jnp.split(x, np.cumsum([length for _, length in parts])[:-1], axis=1)
+    return jnp.concatenate([make(f"_{name}")(piece) for (name, _), piece in zip(parts, pieces, strict=True)], 1)
 
 
 def attend(
@@ -76,7 +95,10 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x (B, L, D)` to itself, or to `context (B, M, D')`."""
+    """Multi-head attention of `x (B, L, D)` to itself, or to `context (B, M, D')`.
+
+    `parts` have projections of their own: `(name, length)` of each stream that `x` is a concatenation of.
+    """
 
     heads: int
     head_size: int
@@ -86,14 +108,18 @@ class Attention(nn.Module):
     eps: float
     rotary: float | None
     dtype: Any
+    parts: tuple[tuple[str, int], ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
         """Where there is a context, `sight` tells of its tokens, and positions play no part."""
 
         def heads(y: jax.Array, count: int, name: str) -> jax.Array:  # (B, L, D) -> (B, L, H, K)
-            dense = nn.DenseGeneral((count, self.head_size), use_bias=self.bias, dtype=self.dtype, name=name)
-            return constrain(dense(y), "batch", "length", "heads", "head")
+            def dense(end: str) -> nn.Module:
+                return nn.DenseGeneral((count, self.head_size), use_bias=self.bias, dtype=self.dtype, name=name + end)
+
+            parts = self.parts if y is x else ()
+            return constrain(each_part(y, parts, dense), "batch", "length", "heads", "head")
 
         query = heads(x, self.heads, "query")
         key, value = (heads(x if context is None else context, self.kv_heads, name) for name in ("key", "value"))
@@ -104,5 +130,8 @@ class Attention(nn.Module):
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
         y = attend(query, key, value, sight.mask, sight.visible, sight.bias)  # (B, L, H, K)
-        out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, name="out")
-        return out(y)
+
+        def out(end: str) -> nn.Module:
+            return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, name="out" + end)
+
+        return each_part(y, self.parts, out)

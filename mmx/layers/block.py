@@ -6,21 +6,19 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmx.errors import InputError, at_least, unknown
-from mmx.layers.attention import Attention, Sight
+from mmx.layers.attention import Attention, Sight, each_part
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
 from mmx.parallel import constrain
 
 DTYPES = ("float32", "bfloat16")
+MULTIWAY = ("attention", "mlp", "norm")
 REMAT = ("none", "full", "dots")
 
 
@@ -50,8 +48,8 @@ class BlockConfig:
     """Whether dense layers have biases."""
     rotary: float | None = None
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
-    relative: int | None = None
-    """Buckets of T5's relative positions, one table for a stack; None: none."""
+    relative: int | tuple[int, int] | None = None
+    """Relative positions, one table for a stack: the number of T5's buckets, or the grid (rows, columns) of BEiT; None: none."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None
@@ -77,8 +75,10 @@ class BlockConfig:
             raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
         if self.head_size is None and self.width % self.heads:
             raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
-        if self.relative is not None and (not 4 <= self.relative < 512 or self.relative % 4):
+        if isinstance(self.relative, int) and (not 4 <= self.relative < 512 or self.relative % 4):
             raise InputError(f"block: relative={self.relative}; the number of buckets is a multiple of 4 below 512")
+        if isinstance(self.relative, tuple) and (len(self.relative) != 2 or min(self.relative) < 1):
+            raise InputError(f"block: relative={self.relative}; a grid is (rows, columns)")
         if self.rotary is not None and self.rotary <= 0:
             raise InputError(f"block: rotary={self.rotary}; the base is positive, None is for no rotary positions")
         if self.heads % (self.kv_heads or self.heads):
@@ -94,14 +94,6 @@ def sublayer_names(word: str) -> list[tuple[str, str]]:
     return [(kind if kind not in kinds[:i] else f"{kind}_{kinds[:i].count(kind)}", kind) for i, kind in enumerate(kinds)]
 
 
-def each_part(x: jax.Array, parts: Sequence[tuple[str, int]], make: Callable[[str], Any]) -> jax.Array:
-    """Applies `make("")` to `x (B, L, D)`, or, where there are parts, `make("_NAME")` to each part of its tokens."""
-    if not parts:
-        return make("")(x)
-    pieces = jnp.split(x, np.cumsum([length for _, length in parts])[:-1], axis=1)
-    return jnp.concatenate([make(f"_{name}")(piece) for (name, _), piece in zip(parts, pieces, strict=True)], 1)
-
-
 class Block(nn.Module):
     """One block: `x (B, L, D) -> (B, L, D)`; `cross` reads `context (B, M, D)` and adds zero where there is none.
 
@@ -109,7 +101,8 @@ class Block(nn.Module):
         config: what varies between published blocks.
         sublayers: the word.
         parts: `(name, length)` of each stream that `x` is a concatenation of.
-        multiway: what each of those streams has for itself, of "mlp" and "norm" (BEiT-3, arXiv 2208.10442).
+        multiway: what each of those streams has for itself, of "attention" (its projections), "mlp" and "norm" (BEiT-3,
+            arXiv 2208.10442).
     """
 
     config: BlockConfig
@@ -125,10 +118,14 @@ class Block(nn.Module):
         context: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         drop_path: jax.Array | float = 0.0,
+        only: str | None = None,
     ) -> jax.Array:
+        """`only` runs one sublayer, by its name."""
         c = self.config
-        norms, mlps = (self.parts if what in self.multiway else () for what in ("norm", "mlp"))
+        attentions, mlps, norms = (self.parts if what in self.multiway else () for what in MULTIWAY)
         for name, kind in sublayer_names(self.sublayers):
+            if only not in (None, name):
+                continue
 
             def norm(x: jax.Array, name: str = name) -> jax.Array:
                 return each_part(x, norms, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm{end}"))
@@ -148,6 +145,7 @@ class Block(nn.Module):
                     eps=c.eps,
                     rotary=c.rotary,
                     dtype=c.dtype,
+                    parts=attentions,
                     name=name,
                 )
                 if kind == "self":

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.layers.attention import Sight
-from mmx.layers.block import Block, BlockConfig, each_part
+from mmx.layers.attention import Line, Sight, each_part
+from mmx.layers.block import Block, BlockConfig
 from mmx.layers.norms import make_norm
-from mmx.layers.positions import distance_buckets
+from mmx.layers.positions import distance_buckets, grid_coordinates, resample
 
 POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
@@ -76,7 +76,7 @@ class Stack(nn.Module):
     ) -> jax.Array:
         if self.depth == 0:
             return x
-        sight = relative_positions(self.config)(sight, [length for _, length in self.parts] or [x.shape[1]])
+        sight = relative_positions(self.config)(sight if sight.lines else dataclasses.replace(sight, lines=(Line(x.shape[1]),)))
         layers = scan_layers(_Layer, self.depth, self.config)
         layers = layers(self.config, self.sublayers, self.parts, self.multiway, name="layers")
         x, _ = layers(x, drop_path_rates(self.depth, self.config), (sight, context, context_mask))
@@ -86,25 +86,53 @@ class Stack(nn.Module):
         return x
 
 
-def relative_positions(config: BlockConfig, name: str = "relative") -> Callable[[Sight, Sequence[int]], Sight]:
+def relative_positions(config: BlockConfig, name: str = "relative") -> Callable[[Sight], Sight]:
     """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as one submodule."""
     if not config.relative:
-        return lambda sight, lengths: sight
+        return lambda sight: sight
     bias = RelativeBias(config.relative, config.heads, name=name)
-    return lambda sight, lengths: dataclasses.replace(sight, bias=bias(lengths))
+    return lambda sight: dataclasses.replace(sight, bias=bias(sight.lines))
 
 
 class RelativeBias(nn.Module):
-    """T5's bias by the distance of two tokens of one stream, and one number for tokens of two: `(H, L, L)` float32."""
+    """A number for each head by where two tokens of one stream stand to each other, and one where they are of two: `(H, L, L)`.
 
-    buckets: int
+    With buckets, by their distance on the line (T5, arXiv 1910.10683). With a grid, by the rows and columns between them
+    (BEiT, arXiv 2106.08254; Swin), and one each for a special token that reads, is read, and reads another; at another
+    resolution the table is resampled, and a stream that lies on no grid has no numbers of its own.
+    """
+
+    relative: int | tuple[int, int]
     heads: int
 
     @nn.compact
-    def __call__(self, lengths: Sequence[int]) -> jax.Array:
-        table = self.param("bias", nn.initializers.normal(0.02), (self.buckets + 1, self.heads))
-        place = np.concatenate([np.arange(length) for length in lengths])
-        stream = np.repeat(np.arange(len(lengths)), lengths)
-        buckets = distance_buckets(place[None, :] - place[:, None], self.buckets)
-        buckets = np.where(stream[None, :] == stream[:, None], buckets, self.buckets)
-        return table[buckets].transpose(2, 0, 1)
+    def __call__(self, lines: Sequence[Line]) -> jax.Array:
+        grid = self.relative if isinstance(self.relative, tuple) else None
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 if grid else self.relative
+        table = self.param("bias", nn.initializers.normal(0.02), (rows, self.heads))
+        own = [self._on_grid(table, grid, line) if grid else self._on_line(table, line) for line in lines]
+        if len(lines) == 1:
+            return own[0]
+        between = self.param("between_bias", nn.initializers.normal(0.02), (self.heads,))
+        ends = np.cumsum([line.length for line in lines])
+        bias = jnp.broadcast_to(between[:, None, None], (self.heads, ends[-1], ends[-1]))
+        for end, line, part in zip(ends, lines, own, strict=True):
+            bias = bias.at[:, end - line.length : end, end - line.length : end].set(part)
+        return bias
+
+    def _on_line(self, table: jax.Array, line: Line) -> jax.Array:
+        place = np.arange(line.length)
+        return table[distance_buckets(place[None, :] - place[:, None], len(table))].transpose(2, 0, 1)
+
+    def _on_grid(self, table: jax.Array, grid: tuple[int, int], line: Line) -> jax.Array:
+        if line.grid is None or len(line.grid) != 2:
+            return jnp.zeros((self.heads, line.length, line.length))
+        rows, columns = line.grid
+        offsets = resample(table[:-3], (2 * grid[0] - 1, 2 * grid[1] - 1), (2 * rows - 1, 2 * columns - 1))
+        where = grid_coordinates(line.grid).astype(int)
+        away = where[:, None] - where[None, :] + (rows - 1, columns - 1)  # (L, L, 2)
+        index = np.full((line.length, line.length), len(offsets))  # a special token reads,
+        index[line.special :, : line.special] = len(offsets) + 1  # is read,
+        index[: line.special, : line.special] = len(offsets) + 2  # or reads another
+        index[line.special :, line.special :] = away @ (2 * columns - 1, 1)
+        return jnp.concatenate([offsets, table[-3:]])[index].transpose(2, 0, 1)

@@ -155,7 +155,8 @@ class Embedder(nn.Module, kw_only=True):
         if mask is not None:
             mask = jnp.concatenate([jnp.repeat(mask.any(-1, keepdims=True), count, 1), mask], 1)
         if coordinates is not None:
-            coordinates = jnp.pad(coordinates, [(0, 0)] * (coordinates.ndim - 2) + [(count, 0), (0, 0)])
+            pad = np.pad if isinstance(coordinates, np.ndarray) else jnp.pad
+            coordinates = pad(coordinates, [(0, 0)] * (coordinates.ndim - 2) + [(count, 0), (0, 0)])
         return values, mask, coordinates
 
     def _check(self, name: str, array: Any, shape: tuple[int, ...], integer: bool) -> None:

@@ -16,9 +16,9 @@ from mmx.errors import InputError
 from mmx.parallel.mesh import spec
 
 TABLE = (
-    (r"(^|/)(query|key|value)/kernel$", "embed -> heads head"),
-    (r"(^|/)(query|key|value)/bias$", "-> heads head"),
-    (r"(^|/)out/kernel$", "heads head -> embed"),
+    (r"(^|/)(query|key|value)(_[^/]*)?/kernel$", "embed -> heads head"),
+    (r"(^|/)(query|key|value)(_[^/]*)?/bias$", "-> heads head"),
+    (r"(^|/)out(_[^/]*)?/kernel$", "heads head -> embed"),
     (r"(^|/)up/kernel$", "embed -> mlp"),
     (r"(^|/)up/bias$", "-> mlp"),
     (r"(^|/)down/kernel$", "mlp -> embed"),

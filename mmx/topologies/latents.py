@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmx.layers import Block, BlockConfig, Sight, Stack, make_norm
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
-from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight
+from mmx.topologies.stage import Stage, concatenate, fit, given, norm_each, sight
 from mmx.types import Streams, Tokens
 
 BOTTLENECK = "shared tokens"  # no modality has such a name
@@ -47,12 +47,12 @@ class Bottleneck(Stage):
         with_shared = {n: {n: t, BOTTLENECK: Tokens(shared)} for n, t in streams.items()}
         owners = {name: "shared" if self.share else name for name in streams}
         relative = {owner: relative_positions(block, f"{owner}_relative") for owner in dict.fromkeys(owners.values())}
-        sights = {n: relative[owners[n]](sight(pair), list(lengths(pair).values())) for n, pair in with_shared.items()}
+        sights = {n: relative[owners[n]](sight(pair)) for n, pair in with_shared.items()}
         writes = {name: t.present & (not t.causal) for name, t in streams.items()}
         layers = scan_layers(_BottleneckLayer, self.depth, block)(block, self.sublayers, owners, name="layers")
         carry = ({name: t.values for name, t in streams.items()}, shared)
         (new, _), _ = layers(carry, drop_path_rates(self.depth, block), (sights, writes))
-        new = norm_each(new, owners, block)
+        new = norm_each(new, owners, dict.fromkeys(new, block))
         return {name: dataclasses.replace(t, values=new[name]) for name, t in streams.items()}
 
 

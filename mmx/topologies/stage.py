@@ -6,7 +6,9 @@ tokens that are masked are seen by nobody; a causal stream stays causal. A stage
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError
-from mmx.layers import BlockConfig, Sight, make_norm, visibility
+from mmx.layers import BlockConfig, Line, Sight, make_norm, visibility
 from mmx.types import Streams, Tokens
 
 AXES = 3  # time, row, column
@@ -45,8 +47,12 @@ def fill_block(stage: Stage, block: BlockConfig) -> Stage:
     return dataclasses.replace(stage, block=own)  # pyright: ignore[reportCallIssue]
 
 
-def given(block: BlockConfig | None, stage: Stage) -> BlockConfig:
-    """The block of a stage, which has to be there by now."""
+def given(block: BlockConfig | Mapping[str, BlockConfig] | None, stage: Stage, name: str = "") -> BlockConfig:
+    """The block of a stage, or that of its stream `name`; it has to be there by now."""
+    if isinstance(block, Mapping):
+        if name not in block:
+            raise InputError(f"{type(stage).__name__}.block: no block for stream {name!r}; it has {', '.join(block)}")
+        return block[name]
     if block is None:
         raise InputError(f"{type(stage).__name__}: no block; pass one, or build the model with mmx.build_model")
     return block
@@ -60,12 +66,14 @@ def fit(tokens: Tokens, width: int, name: str) -> Tokens:
     return dataclasses.replace(tokens, values=project(tokens.values))
 
 
-def norm_each(values: dict[str, jax.Array], owners: Mapping[str, str], block: BlockConfig) -> dict[str, jax.Array]:
+def norm_each(values: dict[str, jax.Array], owners: Mapping[str, str], blocks: Mapping[str, BlockConfig]) -> dict[str, jax.Array]:
     """The norm behind pre-norm layers for each stream, by the name of whoever owns its weights; post-norm needs none."""
-    if block.norm == "post":
-        return values
-    norms = {o: make_norm(block.norm_kind, block.eps, block.dtype, f"{o}_norm") for o in dict.fromkeys(owners.values())}
-    return {name: norms[owners[name]](x) for name, x in values.items()}  # pyright: ignore[reportCallIssue]
+    norms: dict[str, Any] = {}
+    for name, owner in owners.items():
+        block = blocks[name]
+        if owner not in norms and block.norm == "pre":
+            norms[owner] = make_norm(block.norm_kind, block.eps, block.dtype, f"{owner}_norm")
+    return {name: norms.get(owners[name], lambda x: x)(x) for name, x in values.items()}
 
 
 def lengths(streams: Streams) -> dict[str, int]:
@@ -73,11 +81,24 @@ def lengths(streams: Streams) -> dict[str, int]:
     return {name: tokens.values.shape[1] for name, tokens in streams.items()}
 
 
-def sight(streams: Streams, sees: Mapping[str, Collection[str]] | None = None) -> Sight:
-    """What the tokens of a concatenation of streams see of each other."""
+def sight(streams: Streams, sees: Mapping[str, Collection[str]] | None = None, places: str = "own") -> Sight:
+    """What the tokens of a concatenation of streams see of each other; places are those of `Joint`."""
     joint = concatenate(streams)
     causal = [name for name, tokens in streams.items() if tokens.causal]
-    return Sight(joint.mask, visibility(lengths(streams), causal, sees), joint.coordinates)
+    visible = visibility(lengths(streams), causal, sees)
+    if places == "continued":
+        place = jnp.maximum(jnp.cumsum(joint.dense_mask, 1) - 1, 0)[..., None]  # (B, L, 1): what is masked takes no place
+        return Sight(joint.mask, visible, place, lines=(Line(joint.values.shape[1]),))
+    return Sight(joint.mask, visible, joint.coordinates, lines=tuple(_line(t) for t in streams.values()))
+
+
+def _line(tokens: Tokens) -> Line:
+    """A stream that lies on a grid, the same in every example, says so by coordinates that are known before the program runs."""
+    where, special = tokens.coordinates, len(tokens.special)
+    grid = tuple(int(n) + 1 for n in where.max(0)) if isinstance(where, np.ndarray) and where.ndim == 2 else None
+    if grid and math.prod(grid) + special != len(where):
+        grid = None
+    return Line(tokens.values.shape[1], special, grid)
 
 
 def concatenate(streams: Streams) -> Tokens:

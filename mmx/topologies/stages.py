@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import Block, BlockConfig, Sight, Stack
+from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, sublayer_names
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
 from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
 from mmx.types import Streams, Tokens
 
 FUSED = "fused"  # the name of the stream that summation leaves
-MULTIWAY = ("mlp", "norm")
+PLACES = ("own", "continued")
+SHARED = "shared"  # the owner of weights that streams have in common
 
 
 class Sum(Stage):
@@ -50,6 +51,8 @@ class Sum(Stage):
             norm += weight * here
             mask |= here
         values = total / jnp.where(mask, norm, 1)[..., None]  # (B, L, D)
+        if all(tokens.mask is None and tokens.values.shape[1] == length for tokens in streams.values()):
+            mask = None
         dtype = next(iter(streams.values())).values.dtype
         causal = any(tokens.causal for tokens in streams.values())
         special = {tokens.special for tokens in streams.values()}
@@ -95,12 +98,9 @@ class PerStream(Stage):
             if depth == 0:
                 new[name] = tokens
                 continue
-            if isinstance(self.block, Mapping) and name not in self.block:
-                raise InputError(f"PerStream.block: no block for stream {name!r}; it has {', '.join(self.block)}")
-            block = self.block[name] if isinstance(self.block, Mapping) else self.block
-            owner = "shared" if self.share else name
+            owner = SHARED if self.share else name
             if owner not in stacks:
-                stacks[owner] = Stack(depth, given(block, self), self.sublayers, name=owner)
+                stacks[owner] = Stack(depth, given(self.block, self, name), self.sublayers, name=owner)
             tokens = fit(tokens, stacks[owner].config.width, name)
             read = dataclasses.replace(tokens, causal=tokens.causal or name in self.causal)
             new[name] = dataclasses.replace(tokens, values=stacks[owner](tokens.values, sight({name: read})))
@@ -116,7 +116,9 @@ class Joint(Stage):
         depth: layers.
         sees: for a stream the others it may see; a stream that is not named sees all. None: all see all, but for causal
             streams: `mmx.layers.visibility` has the drawing.
-        multiway: what every stream has for itself, of "mlp" and "norm", beside the attention they share (BEiT-3).
+        multiway: what every stream has for itself, of "attention" (its projections), "mlp" and "norm" (BEiT-3: all three).
+        places: where tokens stand for rotary and relative positions. "own": each stream counts from 0. "continued": one
+            line of all tokens that exist, a stream behind the other (LLaVA, PaliGemma).
     """
 
     depth: int
@@ -124,6 +126,7 @@ class Joint(Stage):
     sublayers: str = "self mlp"
     sees: Mapping[str, tuple[str, ...]] | None = None
     multiway: tuple[str, ...] = ()
+    places: str = "own"
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -132,11 +135,13 @@ class Joint(Stage):
         for what in self.multiway:
             if what not in MULTIWAY:
                 raise InputError("Joint.multiway: " + unknown("part of a block", what, MULTIWAY))
+        if self.places not in PLACES:
+            raise InputError("Joint.places: " + unknown("way to count", self.places, PLACES))
         block = given(self.block, self)
         streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
         parts = tuple(lengths(streams).items())
         stack = Stack(self.depth, block, self.sublayers, parts, self.multiway, name="stack")
-        return split(stack(concatenate(streams).values, sight(streams, self.sees)), streams)
+        return split(stack(concatenate(streams).values, sight(streams, self.sees, self.places)), streams)
 
 
 class Cross(Stage):
@@ -149,72 +154,97 @@ class Cross(Stage):
 
     Args:
         depth: layers.
+        block: one configuration or one for each stream; widths may differ (ViLBERT).
         sublayers: the word of every block; `"cross self mlp"` (LXMERT) keeps the context inside a stream, `"cross mlp"`
             (MulT) is the survey's bare formula.
         edges: for each stream the streams it reads; a stream that is not named reads nothing. None: all others.
         steps: the streams that go through the layers; the others are read as they entered and leave as they came (the
             image of ALBEF, BLIP, CoCa). None: all.
         original: read the others as they entered the stage (MulT), not as the layer before left them.
-        share: one set of weights for all streams (LXMERT's shared cross-attention) instead of one each.
+        share: the kinds of sublayers that all streams have in common: `("cross",)` (LXMERT), `("cross", "self", "mlp")`.
     """
 
     depth: int
-    block: BlockConfig | None = None
+    block: BlockConfig | Mapping[str, BlockConfig] | None = None
     sublayers: str = "cross self mlp"
     edges: Mapping[str, tuple[str, ...]] | None = None
     steps: tuple[str, ...] | None = None
     original: bool = False
-    share: bool = False
+    share: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         if self.depth == 0:
             return streams
-        block = given(self.block, self)
-        streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
-        active = {name: tokens for name, tokens in streams.items() if self.steps is None or name in self.steps}
+        active = [name for name in streams if self.steps is None or name in self.steps]
+        if not active:
+            return streams
+        blocks = {name: given(self.block, self, name) for name in active}
+        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in ("self", "cross", "mlp")}
+        self._check_share(blocks)
+        width = {name: blocks[name].width if name in blocks else None for name in streams}
+        streams = {name: fit(tokens, width[name] or tokens.values.shape[-1], name) for name, tokens in streams.items()}
         sources = {name: self._sources(name, streams) for name in active}
-        owners = {name: "shared" if self.share else name for name in active}
-        relative = {owner: relative_positions(block, f"{owner}_relative") for owner in dict.fromkeys(owners.values())}
-        sights = {n: relative[owners[n]](sight({n: t}), [t.values.shape[1]]) for n, t in active.items()}
+        owner = owners["self"]
+        of_owner = {owner[name]: block for name, block in blocks.items()}
+        relative = {name: relative_positions(block, f"{name}_relative") for name, block in of_owner.items()}
+        sights = {name: relative[owner[name]](sight({name: streams[name]})) for name in active}
         entered = {  # a stream without values is read as the layer before left it
             name: tokens if self.original or name not in active else dataclasses.replace(tokens, values=None)
             for name, tokens in streams.items()
         }
-        layers = scan_layers(_CrossLayer, self.depth, block)
-        layers = layers(block, self.sublayers, sources, owners, name="layers")
-        carry = {name: tokens.values for name, tokens in active.items()}
-        carry, _ = layers(carry, drop_path_rates(self.depth, block), (sights, entered))
-        carry = norm_each(carry, owners, block)
+        first = next(iter(blocks.values()))
+        layers = scan_layers(_CrossLayer, self.depth, first)(blocks, self.sublayers, sources, owners, name="layers")
+        carry = {name: streams[name].values for name in active}
+        rates = {name: drop_path_rates(self.depth, block) for name, block in blocks.items()}
+        carry, _ = layers(carry, rates, (sights, entered))
+        ends = {name: SHARED if {*self.share} >= {*self.sublayers.split()} else name for name in active}
+        carry = norm_each(carry, ends, blocks)
         return {name: dataclasses.replace(t, values=carry.get(name, t.values)) for name, t in streams.items()}
 
     def _sources(self, name: str, streams: Streams) -> tuple[str, ...]:
         named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
         return tuple(n for n in named if n in streams and n != name and not streams[n].causal)
 
+    def _check_share(self, blocks: Mapping[str, BlockConfig]) -> None:
+        words = tuple(dict.fromkeys(self.sublayers.split()))
+        for kind in self.share:
+            if kind not in words:
+                raise InputError("Cross.share: " + unknown("sublayer", kind, words))
+        if self.share and len({*blocks.values()}) > 1:
+            raise InputError("Cross.share: streams that share weights have one block; give `block` one BlockConfig")
+
 
 class _CrossLayer(nn.Module):
-    config: BlockConfig
+    configs: Mapping[str, BlockConfig]
     sublayers: str
     sources: Mapping[str, tuple[str, ...]]
-    owners: Mapping[str, str]
+    owners: Mapping[str, Mapping[str, str]]
 
     @nn.compact
     def __call__(
-        self, values: dict[str, jax.Array], rate: jax.Array, shared: tuple[dict[str, Sight], Streams]
+        self, values: dict[str, jax.Array], rates: dict[str, jax.Array], shared: tuple[dict[str, Sight], Streams]
     ) -> tuple[dict[str, jax.Array], None]:
         sights, entered = shared
-
-        def read(name: str) -> Tokens:
-            tokens = entered[name]
-            return tokens if tokens.values is not None else dataclasses.replace(tokens, values=values[name])
-
-        blocks = {o: Block(self.config, self.sublayers, name=o) for o in dict.fromkeys(self.owners.values())}
-        new = {}
-        for name, sources in self.sources.items():
-            context = concatenate({n: read(n) for n in sources}) if sources else Tokens(None)  # type: ignore[arg-type]
-            new[name] = blocks[self.owners[name]](values[name], sights[name], context.values, context.mask, rate)
+        configs = {owner[name]: config for name, config in self.configs.items() for owner in self.owners.values()}
+        blocks = {owner: Block(config, self.sublayers, name=owner) for owner, config in configs.items()}
+        contexts = {name: self._context(name, values, entered) for name in self.sources}
+        new = dict(values)
+        for sublayer, kind in sublayer_names(self.sublayers):
+            for name, context in contexts.items():
+                block = blocks[self.owners[kind][name]]
+                new[name] = block(new[name], sights[name], context.values, context.mask, rates[name], sublayer)
         return new, None
+
+    def _context(self, name: str, values: Mapping[str, jax.Array], entered: Streams) -> Tokens:
+        """What the stream reads: as they come where they are of one width, else projected to the stream's own."""
+        read = {
+            n: entered[n] if entered[n].values is not None else dataclasses.replace(entered[n], values=values[n])
+            for n in self.sources[name]
+        }
+        if len({tokens.values.shape[-1] for tokens in read.values()}) > 1:
+            read = {n: fit(tokens, self.configs[name].width, f"{name}_reads_{n}") for n, tokens in read.items()}
+        return concatenate(read) if read else Tokens(None)  # type: ignore[arg-type]
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
