@@ -45,8 +45,9 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Which seeds."""
     match: Literal["nothing", "parameters", "flops"] = "nothing"
-    """What the topologies have in common with the configuration's own, beside data, width and depth: nothing; the number
-    of parameters, by the hidden size of the MLPs; the FLOPs of the whole training, by the number of steps."""
+    """What the topologies have in common, beside data, width and depth: nothing; the number of parameters, that of the
+    largest of them, by the hidden size of the MLPs; the FLOPs of the whole training, those of the configuration's own
+    topology, by the number of steps."""
     config: str = ""
     """A configuration file; empty: the default experiment."""
     steps: int = 0
@@ -64,7 +65,7 @@ def run_study(study: Study) -> Path:
     """Runs the study and returns the path of its report, `study.md`; `study.json` holds the numbers.
 
     Raises:
-        InputError: an unknown topology, or one that cannot be matched.
+        InputError: an unknown topology.
     """
     for name in study.topologies:
         if name not in TOPOLOGIES | BEYOND:
@@ -76,7 +77,7 @@ def run_study(study: Study) -> Path:
     writes = any(isinstance(o, Captioning) for o in base.active_objectives.values())
     if "missing" not in base.evaluators and writes and {"image", "text"} <= set(base.data.fields):
         base = dataclasses.replace(base, evaluators={**base.evaluators, "missing": Missing()})
-    matched = {name: match(base, name, study.match) for name in study.topologies}  # refused before anything is trained
+    matched = match(base, study.topologies, study.match)
     results: dict[str, list[dict[str, Any]]] = {}
     for name, experiment in matched.items():
         parameters, flops = cost(experiment)
@@ -104,26 +105,27 @@ def cost(experiment: Experiment) -> tuple[int, int]:
     return count_parameters(params), task.flops(params, batch)
 
 
-def match(base: Experiment, topology: str, what: str) -> Experiment:
-    """The experiment with another topology, at the parameters or the training FLOPs of its own."""
-    other = dataclasses.replace(base, topology=topology)
-    if what == "nothing" or topology == base.topology:
-        return other
-    if what == "flops":
-        steps = max(round(base.steps * cost(base)[1] / cost(other)[1]), 1)
-        return dataclasses.replace(other, steps=steps)
+def match(base: Experiment, topologies: Sequence[str], what: str) -> dict[str, Experiment]:
+    """The experiment with each of the topologies, at equal parameters, equal training FLOPs, or as it is.
 
+    Parameters are those of the largest of them: the MLPs of the others grow, and nobody's shrink.
+    """
+    matched = {name: dataclasses.replace(base, topology=name) for name in topologies}
+    if what == "flops":
+        budget = base.steps * cost(base)[1]
+        return {name: dataclasses.replace(e, steps=max(round(budget / cost(e)[1]), 1)) for name, e in matched.items()}
+    if what == "parameters":
+        most = max(cost(e)[0] for e in matched.values())
+        return {name: _with_parameters(e, most) for name, e in matched.items()}
+    return matched
+
+
+def _with_parameters(experiment: Experiment, count: int) -> Experiment:
     def with_mlp(hidden: int) -> Experiment:
-        return dataclasses.replace(other, model=dataclasses.replace(other.model, mlp=hidden))
+        return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, mlp=hidden))
 
     few, many = (cost(with_mlp(hidden))[0] for hidden in (8, 16))
-    hidden = 8 + round((cost(base)[0] - few) / (many - few)) * 8  # parameters are linear in the hidden size
-    if hidden < 8:
-        raise InputError(
-            f"study: {topology} has more parameters than {base.topology} even with an MLP of 8; choose --match flops, "
-            f"or a larger model.mlp"
-        )
-    return with_mlp(hidden)
+    return with_mlp(8 + round((count - few) / (many - few)) * 8)  # parameters are linear in the hidden size
 
 
 def make_report(study: Study, base: Experiment, results: Mapping[str, Any], folder: Path) -> str:
@@ -133,7 +135,7 @@ def make_report(study: Study, base: Experiment, results: Mapping[str, Any], fold
     own = f"those of `{base.topology}`"
     matching = {
         "nothing": "parameters and FLOPs are not matched",
-        "parameters": f"parameters are matched to {own} by the hidden size of the MLPs",
+        "parameters": "parameters are matched to those of the largest by the hidden size of the MLPs",
         "flops": f"the FLOPs of the whole training are matched to {own} by the number of steps",
     }[study.match]
     curves = {name: [r["curves"] for r in runs] for name, runs in results.items()}
