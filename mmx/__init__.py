@@ -11,16 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train
+    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train, zoo
     from mmx.flops import count_flops
     from mmx.generate import greedy
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
     from mmx.train.experiment import Experiment
     from mmx.types import Masked, Outputs, Tokens
+    from mmx.zoo import Pretrained, create_model, list_models, load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "evaluate", "heads", "layers", "losses", "modalities", "objectives", "parallel", "topologies", "train")
+_MODULES = ("data", "evaluate", "heads", "layers", "losses", "modalities", "objectives", "parallel", "topologies", "train", "zoo")
 _NAMES = {
     "Experiment": "mmx.train.experiment",
     "Masked": "mmx.types",
@@ -32,28 +33,39 @@ _NAMES = {
     "count_parameters": "mmx.model",
     "example_batch": "mmx.model",
     "greedy": "mmx.generate",
+    "Pretrained": "mmx.zoo",
+    "create_model": "mmx.zoo",
+    "list_models": "mmx.zoo",
+    "load_pretrained": "mmx.zoo",
+    "save_pretrained": "mmx.zoo",
 }
 __all__ = [
     "Experiment",
     "Masked",
     "MultimodalTransformer",
     "Outputs",
+    "Pretrained",
     "Tokens",
     "build_model",
     "count_flops",
     "count_parameters",
+    "create_model",
     "data",
     "evaluate",
     "example_batch",
     "greedy",
     "heads",
     "layers",
+    "list_models",
+    "load_pretrained",
     "losses",
     "modalities",
     "objectives",
     "parallel",
+    "save_pretrained",
     "topologies",
     "train",
+    "zoo",
 ]
 
 

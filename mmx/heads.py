@@ -10,6 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.errors import InputError, unknown
+from mmx.layers import ACTIVATIONS, make_norm
+from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
 
@@ -28,36 +31,113 @@ def stream_of(streams: Streams, modality: str) -> str | None:
 
 
 class Projection(nn.Module):
-    """Into the shared space: `(B, D) -> (B, E)`, unit length, float32. An absent modality gives zeros."""
+    """Into the shared space: `(B, D) -> (B, E)`, unit length, float32. An absent modality gives zeros.
 
-    size: int
+    Without a size the vector is taken as it is (SigLIP).
+    """
+
+    size: int | None
+    bias: bool = False
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(self, pooled: jax.Array) -> jax.Array:
-        x = nn.Dense(self.size, use_bias=False, dtype=self.dtype, name="projection")(pooled).astype(jnp.float32)
+        x = pooled
+        if self.size is not None:
+            x = nn.Dense(self.size, use_bias=self.bias, dtype=self.dtype, name="projection")(x)
+        x = x.astype(jnp.float32)
+        self.sow("intermediates", "features", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
-class Classifier(nn.Module):
-    """A class for the whole example, from the mean of its streams: `(B, classes)` float32."""
+class Pooler(nn.Module):
+    """One vector of a stream: `(B, L, D) -> (B, D')`.
 
-    classes: int
+    Args:
+        token: which token it is: "first" (a class token), "last", or "end" (the first one with the id `end`, or, if that is
+            None, with the highest id, as in OpenAI's CLIP); or "mean", of the tokens that exist.
+        end: the id of the end of a text.
+        norm: eps of a LayerNorm on it; None: no norm.
+        size: of a dense layer behind it; None: no dense layer.
+        activation: behind the dense layer; None: none.
+    """
+
+    token: str = "first"
+    end: int | None = None
+    norm: float | None = None
+    size: int | None = None
+    activation: str | None = None
     dtype: Any = "float32"
 
     @nn.compact
-    def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> jax.Array:
+    def __call__(self, tokens: Tokens, raw: Any) -> jax.Array:
+        x = self._choose(tokens, raw)
+        if self.norm is not None:
+            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
+        if self.size is not None:
+            x = nn.Dense(self.size, dtype=self.dtype, name="transform")(x)
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+    def _choose(self, tokens: Tokens, raw: Any) -> jax.Array:
+        if self.token == "mean":
+            return mean_pool(tokens)
+        if self.token in ("first", "last"):
+            return tokens.values[:, 0 if self.token == "first" else -1]
+        if self.token != "end":
+            raise InputError("pooler: " + unknown("token", self.token, ("first", "last", "end", "mean")))
+        raw, _ = unmask(raw)
+        ids = raw["ids"] if isinstance(raw, Mapping) else raw
+        at = (ids if self.end is None else ids == self.end).argmax(-1)  # the first of the highest
+        return jnp.take_along_axis(tokens.values, at[:, None, None], 1)[:, 0]
+
+
+class Classifier(nn.Module):
+    """A class for the whole example: `(B, classes)` float32.
+
+    Args:
+        classes: how many.
+        stream: whose vector is read; None: the mean of all that are there.
+        transform: whether a dense layer with tanh stands before the last one.
+    """
+
+    classes: int
+    stream: str | None = None
+    transform: bool = True
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
+    ) -> jax.Array | None:
+        if self.stream is not None and self.stream not in pooled:
+            return None
+        x = self._mean(streams, pooled) if self.stream is None else pooled[self.stream]
+        if self.transform:
+            x = jnp.tanh(nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
+        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+
+    def _mean(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
         present = jnp.stack([tokens.present for tokens in streams.values()], 1)[..., None]  # (B, M, 1)
         each = jnp.stack([pooled[name] for name in streams], 1)  # (B, M, D)
-        x = (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
-        x = jnp.tanh(nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        return (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
 
 
 class TiedDecoder(nn.Module):
-    """Scores of the next id at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32."""
+    """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
+
+    Args:
+        modality: whose ids.
+        transform: whether a dense layer stands before the matrix.
+        activation: behind that dense layer; None: none.
+        norm: eps of a LayerNorm behind it (BERT); None: no norm.
+        bias: whether every id has a number of its own added to its scores.
+    """
 
     modality: str
+    transform: bool = True
+    activation: str | None = None
+    norm: float | None = None
+    bias: bool = True
     dtype: Any = "float32"
 
     @nn.compact
@@ -70,6 +150,10 @@ class TiedDecoder(nn.Module):
             return None
         first = len(streams[name].special)
         x = streams[name].values[:, first : first + ids.length]  # a fused stream may be longer than the text in it
-        x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
-        bias = self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,))
-        return ids.decode(x) + bias
+        if self.transform:
+            x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
+            x = x if self.activation is None else ACTIVATIONS[self.activation](x)
+        if self.norm is not None:
+            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
+        logits = ids.decode(x)
+        return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from mmx.errors import InputError, unknown
 from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
+from mmx.layers.stack import sow_states
+from mmx.modalities.masking import token_mask
 from mmx.topologies import FUSED, Stage, make_topology
 from mmx.topologies.stage import fill_block
-from mmx.types import Batch, Outputs, Streams
+from mmx.types import Batch, Masked, Outputs, Streams, Tokens
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
 
@@ -26,6 +28,9 @@ class MultimodalTransformer(nn.Module):
         stages: the topology.
         heads: name -> head; its output is `Outputs.logits[name]`.
         embed: size of the space shared by all modalities, E; None: no embeddings.
+        poolers: stream -> what makes one vector of it; a stream that is not named is pooled by its mean.
+        projections: modality -> what leads its vector into the shared space; if not named, a `Projection` without bias.
+        logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
     """
 
     modalities: Mapping[str, nn.Module]
@@ -33,6 +38,9 @@ class MultimodalTransformer(nn.Module):
     heads: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
     embed: int | None = None
     dtype: Any = "float32"
+    poolers: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    projections: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    logit_bias: float | None = None
 
     @nn.compact
     def __call__(self, batch: Batch, causal: Iterable[str] = ()) -> Outputs:
@@ -45,13 +53,17 @@ class MultimodalTransformer(nn.Module):
         causal = tuple(causal)
         self._check(batch, causal)
         streams: Streams = {
-            name: embedder(batch[name]).replace(causal=name in causal)  # type: ignore[operator]
+            name: dataclasses.replace(embed(embedder, batch[name]), causal=name in causal)
             for name, embedder in self.modalities.items()
             if name in batch
         }
+        sow_states(self, {name: tokens.values for name, tokens in streams.items()})
         for stage in self.stages:
             streams = stage(streams)  # type: ignore[operator]
-        pooled = {name: mean_pool(tokens) for name, tokens in streams.items()}
+        pooled = {
+            name: self.poolers[name](tokens, batch.get(name)) if name in self.poolers else mean_pool(tokens)  # type: ignore[operator]
+            for name, tokens in streams.items()
+        }
         answers = {name: head(streams, pooled, self.modalities) for name, head in self.heads.items()}  # type: ignore[operator]
         logits = {name: value for name, value in answers.items() if value is not None}
         if self.embed is None:
@@ -59,10 +71,11 @@ class MultimodalTransformer(nn.Module):
         embeddings = {}
         for name in self.modalities:
             if name in batch:
-                projection = Projection(self.embed, self.dtype, name=f"embed_{name}")
+                projection: Any = self.projections.get(name) or Projection(self.embed, dtype=self.dtype, name=f"embed_{name}")
                 embeddings[name] = projection(pooled[stream_of(streams, name) or name])
         scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
-        return Outputs(streams, pooled, embeddings, logits, jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE))
+        bias = None if self.logit_bias is None else self.param("logit_bias", nn.initializers.constant(self.logit_bias), ())
+        return Outputs(streams, pooled, embeddings, logits, jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE), bias)
 
     def __hash__(self) -> int:
         """By identity, so that a model can be a static argument of jit; its fields hold dicts."""
@@ -80,6 +93,17 @@ class MultimodalTransformer(nn.Module):
             raise InputError(f"the batch is empty; it needs at least one of {', '.join(self.modalities)}")
 
 
+def embed(embedder: Any, raw: Any) -> Tokens:
+    """The tokens of a raw value; of one that keeps what is masked (`Masked.keep`), all of them."""
+    if not (isinstance(raw, Masked) and raw.keep):
+        return embedder(raw)
+    tokens = embedder(raw.array)
+    count = len(tokens.special)
+    mask: Any = token_mask(raw.mask, (tokens.values.shape[0], tokens.values.shape[1] - count))
+    front = jnp.repeat(mask.any(-1, keepdims=True), count, 1)
+    return dataclasses.replace(tokens, mask=jnp.concatenate([front, mask], 1))
+
+
 def build_model(
     modalities: Mapping[str, nn.Module],
     topology: str | tuple[Stage, ...] = "multi_to_one",
@@ -89,6 +113,9 @@ def build_model(
     heads: int = 4,
     embed: int | None = None,
     outputs: Mapping[str, nn.Module] | None = None,
+    poolers: Mapping[str, nn.Module] | None = None,
+    projections: Mapping[str, nn.Module] | None = None,
+    logit_bias: float | None = None,
     dtype: str = "float32",
     **block: Any,
 ) -> MultimodalTransformer:
@@ -103,6 +130,9 @@ def build_model(
         heads: attention heads.
         embed: size of the space shared by all modalities; None: width; 0: no embeddings.
         outputs: further heads by name, such as `{"matching": mmx.heads.Classifier(2)}`.
+        poolers: what makes one vector of a stream, such as `{"text": mmx.heads.Pooler("first")}`; not named: the mean.
+        projections: what leads a modality's vector into the shared space; not named: a `Projection` without bias.
+        logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
         dtype: type of the computation, float32 or bfloat16; parameters are float32.
         **block: further fields of `mmx.layers.BlockConfig`.
 
@@ -129,6 +159,9 @@ def build_model(
         heads={name: _fill(head, dtype=dtype) for name, head in (outputs or {}).items()},
         embed=None if embed == 0 else embed or width,
         dtype=dtype,
+        poolers={name: _fill(pooler, dtype=dtype) for name, pooler in (poolers or {}).items()},
+        projections={name: _fill(projection, dtype=dtype) for name, projection in (projections or {}).items()},
+        logit_bias=logit_bias,
     )
 
 

@@ -20,10 +20,14 @@ class Masked:
     """A raw array of which only a part is there.
 
     `mask` is over examples `(B,)` (False: this example has no such modality) or over tokens `(B, L)`.
+
+    What is masked is zeros to its embedder and seen by nobody. With `keep` it is embedded as it stands, and still seen by
+    nobody: published models compute numbers for padded tokens too, and mmx can be asked for the same ones.
     """
 
     array: Any
     mask: Any
+    keep: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -70,6 +74,7 @@ class Outputs:
         embeddings: `{modality: (B, E)}`, unit length, float32, in the space shared by all modalities.
         logits: `{head: array}`.
         logit_scale: the inverse temperature of the shared space, a positive scalar (CLIP, arXiv 2103.00020, 2.5).
+        logit_bias: what a sigmoid loss adds to every similarity (SigLIP, arXiv 2303.15343, 3.2); None: nothing.
     """
 
     streams: Streams
@@ -77,3 +82,4 @@ class Outputs:
     embeddings: dict[str, jax.Array]
     logits: dict[str, jax.Array]
     logit_scale: jax.Array | None = None
+    logit_bias: jax.Array | None = None

@@ -198,7 +198,7 @@ def test_bfloat16_stays_bfloat16():
 
 def test_mlp_keeps_its_shape():
     x = jnp.ones((2, 3, 8))
-    mlp = MLP(16, "gelu", True, "float32")
+    mlp = MLP(16, "gelu", False, True, "float32")
     assert mlp.apply(mlp.init(jax.random.key(0), x), x).shape == x.shape
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from mmx.layers.positions import rotate
 from mmx.parallel import constrain
 
+PROJECTIONS = ("query", "key", "value", "out")
 LOWEST = float(jnp.finfo(jnp.float32).min)  # the score of a key that may not be seen
 
 
@@ -59,6 +60,7 @@ def attend(
     key_mask: Bool[Array, "B Lk"] | None = None,
     visible: np.ndarray | None = None,
     bias: Float[Array, "H Lq Lk"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B Lq H K"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
 
@@ -69,6 +71,7 @@ def attend(
         key_mask: which keys exist, `(B, Lk)`.
         visible: the rule who may see whom, `(Lq, Lk)`, a constant.
         bias: added to the scores, `(H, Lq, Lk)`.
+        scale: factor of the scores; None: 1 / sqrt(K).
 
     Returns:
         `(B, Lq, H, K)`. A query that may see no key gets zeros, in value and in gradient.
@@ -76,7 +79,7 @@ def attend(
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    query = query * (1.0 / math.sqrt(query.shape[-1]))
+    query = query * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)  # (B, H, Lq, Lk)
     if bias is not None:
         scores = scores + bias
@@ -103,7 +106,8 @@ class Attention(nn.Module):
     heads: int
     head_size: int
     kv_heads: int
-    bias: bool
+    bias: tuple[str, ...]
+    scale: float | None
     qk_norm: bool
     eps: float
     rotary: float | None
@@ -116,7 +120,7 @@ class Attention(nn.Module):
 
         def heads(y: jax.Array, count: int, name: str) -> jax.Array:  # (B, L, D) -> (B, L, H, K)
             def dense(end: str) -> nn.Module:
-                return nn.DenseGeneral((count, self.head_size), use_bias=self.bias, dtype=self.dtype, name=name + end)
+                return nn.DenseGeneral((count, self.head_size), use_bias=name in self.bias, dtype=self.dtype, name=name + end)
 
             parts = self.parts if y is x else ()
             return constrain(each_part(y, parts, dense), "batch", "length", "heads", "head")
@@ -129,9 +133,9 @@ class Attention(nn.Module):
         if self.rotary and context is None:
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
-        y = attend(query, key, value, sight.mask, sight.visible, sight.bias)  # (B, L, H, K)
+        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale)  # (B, L, H, K)
 
         def out(end: str) -> nn.Module:
-            return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, name="out" + end)
+            return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)
 
         return each_part(y, self.parts, out)

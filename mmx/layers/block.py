@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, at_least, unknown
-from mmx.layers.attention import Attention, Sight, each_part
+from mmx.layers.attention import PROJECTIONS, Attention, Sight, each_part
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
 from mmx.parallel import constrain
@@ -38,14 +38,22 @@ class BlockConfig:
     """Hidden size of the MLP, F. None: 4 x width."""
     activation: str = "gelu_tanh"
     """One of gelu (erf), gelu_tanh, quick_gelu, relu, silu, tanh."""
+    gated: bool = False
+    """Whether the MLP's activation is multiplied by a second projection (arXiv 2002.05202: T5 1.1, Llama, Gemma)."""
     norm: str = "pre"
     """Where the norm stands: pre (before a sublayer, one more after the stack) or post (after the residual)."""
     norm_kind: str = "layer"
     """layer or rms."""
     eps: float = 1e-6
     """The norms' epsilon."""
+    final_norm: bool | None = None
+    """Whether a norm stands behind the stack. None: if norm is pre."""
     bias: bool = True
     """Whether dense layers have biases."""
+    attention_bias: tuple[str, ...] | None = None
+    """Which projections of attention have biases, of query, key, value and out. None: all or none, as `bias` says."""
+    scale: float | None = None
+    """Factor of the attention scores. None: 1 / sqrt(head size); T5: 1."""
     rotary: float | None = None
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
     relative: int | tuple[int, int] | None = None
@@ -83,6 +91,14 @@ class BlockConfig:
             raise InputError(f"block: rotary={self.rotary}; the base is positive, None is for no rotary positions")
         if self.heads % (self.kv_heads or self.heads):
             raise InputError(f"block: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        for name in self.attention_bias or ():
+            if name not in PROJECTIONS:
+                raise InputError("block.attention_bias: " + unknown("projection", name, PROJECTIONS))
+
+    @property
+    def ends_with_norm(self) -> bool:
+        """Whether a norm stands behind a stack of these blocks."""
+        return self.norm == "pre" if self.final_norm is None else self.final_norm
 
 
 def sublayer_names(word: str) -> list[tuple[str, str]]:
@@ -133,14 +149,17 @@ class Block(nn.Module):
             y = norm(x) if c.norm == "pre" else x
             if kind == "mlp":
                 y = each_part(
-                    y, mlps, lambda end, name=name: MLP(c.mlp or 4 * c.width, c.activation, c.bias, c.dtype, name=name + end)
+                    y,
+                    mlps,
+                    lambda end, name=name: MLP(c.mlp or 4 * c.width, c.activation, c.gated, c.bias, c.dtype, name=name + end),
                 )
             else:
                 attention = Attention(
                     heads=c.heads,
                     head_size=c.head_size or c.width // c.heads,
                     kv_heads=c.kv_heads or c.heads,
-                    bias=c.bias,
+                    bias=(PROJECTIONS if c.bias else ()) if c.attention_bias is None else c.attention_bias,
+                    scale=c.scale,
                     qk_norm=c.qk_norm,
                     eps=c.eps,
                     rotary=c.rotary,

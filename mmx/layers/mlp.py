@@ -20,15 +20,19 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between them: `(B, L, D) -> (B, L, D)`."""
+    """Two dense layers with an activation between them, multiplied by a gate if there is one: `(B, L, D) -> (B, L, D)`."""
 
     hidden: int
     activation: str
+    gated: bool
     bias: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
-        h = constrain(ACTIVATIONS[self.activation](h), "batch", "length", "mlp")
+        h = ACTIVATIONS[self.activation](h)
+        if self.gated:
+            h = h * nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
+        h = constrain(h, "batch", "length", "mlp")
         return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)

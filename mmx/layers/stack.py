@@ -29,12 +29,17 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
         layer = nn.remat(layer, prevent_cse=False, policy=POLICIES[config.remat])
     return nn.scan(
         layer,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=depth,
         unroll=config.unroll,
     )
+
+
+def sow_states(layer: nn.Module, states: Any) -> None:
+    """Lets who applies a model with `mutable=["intermediates"]` read what a layer leaves, `(depth, B, L, D)` behind the scan."""
+    layer.sow("intermediates", "states", states, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def drop_path_rates(depth: int, config: BlockConfig) -> jax.Array:
@@ -51,7 +56,9 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rate: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, None]:
         block = Block(self.config, self.sublayers, self.parts, self.multiway, name="block")
-        return block(x, *shared, drop_path=rate), None
+        x = block(x, *shared, drop_path=rate)
+        sow_states(self, x)
+        return x, None
 
 
 class Stack(nn.Module):
@@ -80,7 +87,7 @@ class Stack(nn.Module):
         layers = scan_layers(_Layer, self.depth, self.config)
         layers = layers(self.config, self.sublayers, self.parts, self.multiway, name="layers")
         x, _ = layers(x, drop_path_rates(self.depth, self.config), (sight, context, context_mask))
-        if self.config.norm == "pre":
+        if self.config.ends_with_norm:
             c, parts = self.config, self.parts if "norm" in self.multiway else ()
             x = each_part(x, parts, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"norm{end}"))
         return x

@@ -17,7 +17,8 @@ from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "fourier", "none")
-RESERVED = ("token", "position", "special", "norm", "patch", "linear", "pen")  # names of parameters
+PLACE = "place"
+RESERVED = ("token", "position", PLACE, "special", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -27,7 +28,8 @@ class Embedder(nn.Module, kw_only=True):
         token + position + sum of tables + sum of vectors + type (survey 3.1.1, "token embedding fusion")
 
     The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
-    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`.
+    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold `place (B, L)`: which of the
+    learned positions each token has; without it, its own place in the row.
 
     Args:
         width: size of a token, D; None: the model's.
@@ -38,6 +40,7 @@ class Embedder(nn.Module, kw_only=True):
         vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,
             mapped linearly.
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
+        special_position: whether the learned positions begin with one for each special token (ViT).
         type: whether a learned vector tells the modality (ViLT, FLAVA).
         norm: eps of a LayerNorm on the sum (BERT: 1e-12); None: no norm.
         dtype: type of the computation.
@@ -48,6 +51,7 @@ class Embedder(nn.Module, kw_only=True):
     tables: Mapping[str, int] = dataclasses.field(default_factory=dict)
     vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     special: tuple[str, ...] = ()
+    special_position: bool = False
     type: bool = False
     norm: float | None = None
     dtype: Any = "float32"
@@ -73,7 +77,7 @@ class Embedder(nn.Module, kw_only=True):
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
         wanted = (*self.reads, *self.tables, *self.vectors)
         for name in given:
-            if name not in wanted:
+            if name not in (*wanted, PLACE):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
@@ -109,7 +113,7 @@ class Embedder(nn.Module, kw_only=True):
         """
         grid = grid or self.grid
         if positions is None:
-            positions = self._positions(grid)
+            positions = self._positions(grid, fields.get(PLACE))
         if positions is not None:
             values = values + positions.astype(self.dtype)
         for name, size in self.tables.items():
@@ -130,7 +134,7 @@ class Embedder(nn.Module, kw_only=True):
             values = make_norm("layer", self.norm, self.dtype, "norm")(values)
         return Tokens(hide(values, mask), mask, coordinates, special=self.special)
 
-    def _positions(self, grid: tuple[int, ...]) -> jax.Array | None:
+    def _positions(self, grid: tuple[int, ...], place: Any) -> jax.Array | None:
         """Position embeddings `(L, D)` of a grid. On a line a shorter one is the beginning; others are resampled."""
         position = self.position or self.usual_position
         if position not in POSITIONS:
@@ -142,7 +146,11 @@ class Embedder(nn.Module, kw_only=True):
         if position == "fourier":
             features = fourier(grid_coordinates(grid), 16, self.grid)
             return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
-        table = self.param("position", INITIAL, (int(np.prod(self.grid)), self.width))
+        front = len(self.special) if self.special_position else 0
+        table = self.param("position", INITIAL, (front + int(np.prod(self.grid)), self.width))
+        if place is not None:
+            return table[place]
+        table = table[front:]
         return table[: grid[0]] if len(grid) == 1 and grid <= self.grid else resample(table, self.grid, grid)
 
     def _put_in_front(
@@ -151,6 +159,8 @@ class Embedder(nn.Module, kw_only=True):
         """Special tokens exist in an example that has any other token."""
         count = len(self.special)
         special = self.param("special", INITIAL, (count, self.width)).astype(self.dtype)
+        if self.special_position:
+            special = special + self.get_variable("params", "position")[:count].astype(self.dtype)
         values = jnp.concatenate([jnp.broadcast_to(special, (len(values), *special.shape)), values], 1)
         if mask is not None:
             mask = jnp.concatenate([jnp.repeat(mask.any(-1, keepdims=True), count, 1), mask], 1)

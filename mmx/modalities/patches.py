@@ -29,6 +29,7 @@ class Patches(Embedder):
         mean: of an integer image divided by 255; integer images are normalised here, floating-point ones are taken as they are.
         std: likewise.
         resize: whether other sizes that are multiples of `patch` are welcome; positions are then resampled to them.
+        bias: whether the linear map of a patch has one (CLIP's has none).
     """
 
     size: tuple[int, ...]
@@ -37,6 +38,7 @@ class Patches(Embedder):
     mean: float = 0.5
     std: float = 0.5
     resize: bool = False
+    bias: bool = True
 
     reads = ("image",)
 
@@ -67,7 +69,7 @@ class Patches(Embedder):
         axes = range(1, 2 * len(grid), 2)
         x = x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(image), math.prod(grid), -1)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
-        x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
+        x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
         return self.fuse(x, mask, fields, grid)
 
     def example(self, batch_size: int) -> Any:

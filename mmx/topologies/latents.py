@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.layers import Block, BlockConfig, Sight, Stack, make_norm
-from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
+from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
 from mmx.topologies.stage import Stage, concatenate, fit, given, norm_each, sight
 from mmx.types import Streams, Tokens
 
@@ -78,6 +78,7 @@ class _BottleneckLayer(nn.Module):
             part = writes[name][:, None, None]
             written += jnp.where(part, x[:, length:], 0)
             writers += part.astype(shared.dtype)
+        sow_states(self, new)
         return (new, jnp.where(writers > 0, written / jnp.maximum(writers, 1), shared)), None
 
 
@@ -110,5 +111,5 @@ class Latent(Stage):
         latent = Block(block, "cross mlp", name="read")(latent, Sight(), joint.values, joint.mask)
         latent = Stack(self.depth, block, name="stack")(latent)
         answer = Block(block, "cross mlp", name="answer")
-        norm = make_norm(block.norm_kind, block.eps, block.dtype, "norm") if block.norm == "pre" else lambda x: x
+        norm = make_norm(block.norm_kind, block.eps, block.dtype, "norm") if block.ends_with_norm else lambda x: x
         return {n: dataclasses.replace(t, values=norm(answer(t.values, Sight(), latent))) for n, t in streams.items()}

@@ -67,11 +67,11 @@ def fit(tokens: Tokens, width: int, name: str) -> Tokens:
 
 
 def norm_each(values: dict[str, jax.Array], owners: Mapping[str, str], blocks: Mapping[str, BlockConfig]) -> dict[str, jax.Array]:
-    """The norm behind pre-norm layers for each stream, by the name of whoever owns its weights; post-norm needs none."""
+    """The norm behind the layers of each stream, if its block ends with one, by the name of whoever owns its weights."""
     norms: dict[str, Any] = {}
     for name, owner in owners.items():
         block = blocks[name]
-        if owner not in norms and block.norm == "pre":
+        if owner not in norms and block.ends_with_norm:
             norms[owner] = make_norm(block.norm_kind, block.eps, block.dtype, f"{owner}_norm")
     return {name: norms.get(owners[name], lambda x: x)(x) for name, x in values.items()}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, sublayer_names
-from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers
+from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
 from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
 from mmx.types import Streams, Tokens
 
@@ -234,6 +234,7 @@ class _CrossLayer(nn.Module):
             for name, context in contexts.items():
                 block = blocks[self.owners[kind][name]]
                 new[name] = block(new[name], sights[name], context.values, context.mask, rates[name], sublayer)
+        sow_states(self, new)
         return new, None
 
     def _context(self, name: str, values: Mapping[str, jax.Array], entered: Streams) -> Tokens:

@@ -1,0 +1,184 @@
+"""BERT (arXiv 1810.04805) and its kin in size: RoBERTa, MiniLM. One text stream, post-norm, erf GELU, eps 1e-12."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mmx.heads import Classifier, Pooler, TiedDecoder
+from mmx.losses import cross_entropy, masked_mean
+from mmx.modalities import Ids
+from mmx.model import MultimodalTransformer, build_model
+from mmx.topologies import PerStream
+from mmx.zoo.config import activation, only
+from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.weights import Table, layers
+
+LAYER: Table = {  # of every model that copied BERT's
+    "attention.self.query": "self/query",
+    "attention.self.key": "self/key",
+    "attention.self.value": "self/value",
+    "attention.output.dense": "self/out",
+    "attention.output.LayerNorm": "self_norm",
+    "intermediate.dense": "mlp/up",
+    "output.dense": "mlp/down",
+    "output.LayerNorm": "mlp_norm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The published fields of BERT."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+
+
+def text_embedder(c: Any) -> Ids:
+    """Words, positions and segments, and the norm on their sum."""
+    return Ids(
+        c.vocab_size,
+        c.max_position_embeddings,
+        width=c.hidden_size,
+        tables={"segment": c.type_vocab_size},
+        norm=c.layer_norm_eps,
+    )
+
+
+def block(c: Any) -> dict[str, Any]:
+    """The fields of `BlockConfig` that BERT's configuration tells."""
+    return {
+        "heads": c.num_attention_heads,
+        "mlp": c.intermediate_size,
+        "activation": activation(c.hidden_act),
+        "norm": "post",
+        "eps": c.layer_norm_eps,
+    }
+
+
+def masked_lm_head(c: Any, modality: str = "text") -> TiedDecoder:
+    """A dense layer, the activation, a norm, and the embedding as the matrix."""
+    return TiedDecoder(modality, activation=activation(c.hidden_act), norm=c.layer_norm_eps)
+
+
+def _build(c: BertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    only(c, position_embedding_type="absolute", is_decoder=False, tie_word_embeddings=True)
+    outputs = {"masked-lm": masked_lm_head(c), "matching": Classifier(2, "text", transform=False)}
+    return build_model(
+        {"text": text_embedder(c)},
+        (PerStream(c.num_hidden_layers),),
+        width=c.hidden_size,
+        embed=0,
+        poolers={"text": Pooler("first", size=c.hidden_size, activation="tanh")},
+        outputs={name: outputs[name] for name in heads},
+        dtype=dtype,
+        **block(c),
+    )
+
+
+def embeddings_table(published: str, ours: str) -> Table:
+    """The weights of `text_embedder`."""
+    return {
+        f"{published}.word_embeddings": f"{ours}/token",
+        f"{published}.position_embeddings.weight": f"{ours}/position",
+        f"{published}.token_type_embeddings": f"{ours}/segment",
+        f"{published}.LayerNorm": f"{ours}/norm",
+    }
+
+
+def masked_lm_table(published: str, ours: str) -> Table:
+    """The weights of `masked_lm_head`."""
+    return {
+        f"{published}.transform.dense": f"{ours}/transform",
+        f"{published}.transform.LayerNorm": f"{ours}/norm",
+        f"{published}.bias": f"{ours}/decoder_bias",
+    }
+
+
+def _table(c: BertConfig) -> Table:
+    return {
+        **embeddings_table("bert.embeddings", "modalities_text"),
+        **layers("bert.encoder.layer.{}", "stages_0/text/layers/block", LAYER),
+        "bert.pooler.dense": "poolers_text/transform",
+        **masked_lm_table("cls.predictions", "heads_masked-lm"),
+        "cls.seq_relationship": "heads_matching/classifier",
+    }
+
+
+def read_text(inputs: Mapping[str, Any]) -> Any:
+    """`input_ids`, `attention_mask`, `token_type_ids`, `position_ids` as the raw value of `text_embedder`."""
+    ids = inputs["input_ids"]
+    beside = {"segment": inputs.get("token_type_ids", jnp.zeros_like(ids))}
+    if "position_ids" in inputs:
+        beside["place"] = jnp.broadcast_to(inputs["position_ids"], ids.shape)
+    return padded(ids, inputs.get("attention_mask"), **beside)
+
+
+def token_loss(logits: Any, labels: Any) -> Any:
+    """The mean cross-entropy of labels; those of -100 do not count."""
+    return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != -100)
+
+
+def _forward(run: Runner, c: BertConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    r = run({"text": read_text(inputs)})
+    words, relation = r.out.logits.get("masked-lm"), r.out.logits.get("matching")
+    losses = []
+    if words is not None and "labels" in inputs:
+        losses.append(token_loss(words, inputs["labels"]))
+    if relation is not None and "next_sentence_label" in inputs:
+        losses.append(token_loss(relation, inputs["next_sentence_label"]))
+    both = words is not None and relation is not None
+    return {
+        "loss": sum(losses) if losses else None,
+        "last_hidden_state": r.out.streams["text"].values,
+        "pooler_output": r.out.pooled["text"],
+        "hidden_states": tuple(r.states("stages_0", "text")),
+        "prediction_logits" if both else "logits": words if words is not None else relation,
+        "seq_relationship_logits": relation if both else None,
+    }
+
+
+def _sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        **more,
+    }
+
+
+FAMILIES = (
+    Family(
+        "bert",
+        BertConfig,
+        _build,
+        _table,
+        _forward,
+        names={
+            "bert-base-uncased": {},
+            "bert-base-cased": {"vocab_size": 28996},
+            "bert-base-multilingual-cased": {"vocab_size": 119547},
+            "bert-large-uncased": _sized(24, 1024, 16),
+            "bert-large-cased": _sized(24, 1024, 16, vocab_size=28996),
+            "MiniLM-L6-H384-uncased": _sized(6, 384, 12),
+            "MiniLM-L12-H384-uncased": _sized(12, 384, 12),
+            "all-MiniLM-L6-v2": _sized(6, 384, 12),
+        },
+        heads={"masked-lm": "cls.predictions", "matching": "cls.seq_relationship"},
+        prefix="bert",
+        known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
+    ),
+)

@@ -1,0 +1,194 @@
+"""Published configurations: frozen dataclasses with the published names; what is not supported is named, not ignored."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from mmx.errors import InputError, unknown
+
+Config = TypeVar("Config")
+
+ACTIVATION = {  # published name -> ours
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+# Fields that change nothing in what a model computes: how it was trained, started, stored, called or decoded.
+WITHOUT_EFFECT = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_pdrop",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "classifier_dropout",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "directionality",
+        "diversity_penalty",
+        "do_sample",
+        "dropout",
+        "dtype",
+        "early_stopping",
+        "embd_pdrop",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_factor",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "layerdrop",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_type",
+        "n_ctx",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "output_scores",
+        "pad_token_id",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "resid_pdrop",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    }
+)
+
+
+def activation(name: str, field: str = "hidden_act") -> str:
+    """Our name of a published activation."""
+    if name not in ACTIVATION:
+        raise InputError(f"{field}: " + unknown("activation", name, ACTIVATION))
+    return ACTIVATION[name]
+
+
+def only(config: Any, **supported: Any) -> None:
+    """Raises an InputError for a field whose value is not among the supported ones, given as a tuple or a single one."""
+    for name, values in supported.items():
+        values = values if isinstance(values, tuple) else (values,)
+        if getattr(config, name) not in values:
+            raise InputError(
+                f"{type(config).__name__}: {name}={getattr(config, name)!r} is not supported; "
+                f"it has to be {' or '.join(map(repr, values))}"
+            )
+
+
+def parse(cls: type[Config], fields: Mapping[str, Any], where: str = "config.json") -> Config:
+    """A configuration from published fields, those that have no effect left out.
+
+    Raises:
+        InputError: a field that mmx does not know, by its name, or one of another type.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    if "num_labels" in known and "id2label" in fields:  # where a published configuration tells how many
+        fields = {**fields, "num_labels": len(fields["id2label"])}
+    for name, value in fields.items():
+        if name not in known:
+            if name in WITHOUT_EFFECT:
+                continue
+            raise InputError(f"{where}: {cls.__name__} has " + unknown("field", name, known) + ". It is not supported")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = parse(hint, value, f"{where}: {name}")  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        _check_type(value, hint, f"{where}: {cls.__name__}.{name}")
+        values[name] = value
+    return cls(**values)
+
+
+def to_published(config: Any) -> dict[str, Any]:
+    """The fields of a configuration as published: what `parse` reads."""
+    return {
+        f.name: to_published(value) if dataclasses.is_dataclass(value) else value
+        for f in dataclasses.fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def override(config: Config, fields: Mapping[str, Any]) -> Config:
+    """The configuration with some fields changed; those of a part by a mapping or as `part.field`."""
+    nested: dict[str, Any] = {}
+    for name, value in fields.items():
+        part, dot, rest = name.partition(".")
+        if dot:
+            nested.setdefault(part, {})[rest] = value
+        else:
+            nested[name] = {**nested.get(name, {}), **value} if isinstance(value, Mapping) else value
+    known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    for name, value in nested.items():
+        if name not in known:
+            raise InputError(f"{type(config).__name__}: " + unknown("field", name, known))
+        if dataclasses.is_dataclass(getattr(config, name)) and isinstance(value, Mapping):
+            nested[name] = override(getattr(config, name), value)
+    return dataclasses.replace(config, **nested)  # type: ignore[type-var]
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(typing.get_origin(c) or c for c in choices if c is not Any)
+    kinds += (int,) if float in kinds else ()
+    if Any not in choices and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        expected = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
+        raise InputError(f"{where}={value!r}; expected {expected}")

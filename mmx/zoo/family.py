@@ -1,0 +1,98 @@
+"""What a family of published models is: its configuration, how it is assembled, its weight table, its published names."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.model import MultimodalTransformer
+from mmx.types import Batch, Masked, Outputs
+from mmx.zoo.weights import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A forward pass: what the model returned, and what every layer left."""
+
+    out: Outputs
+    intermediates: Mapping[str, Any]
+
+    def states(self, stage: str, stream: str) -> list[jax.Array]:
+        """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`."""
+        layers = self.intermediates[stage][stream]["layers"]["states"]
+        return [self.intermediates["states"][stream], *layers]
+
+
+Runner = Callable[..., Run]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The names a family goes by when it writes.
+
+    Args:
+        ids: of what is written.
+        mask: which of it exists.
+        places: whether the places of tokens are told, counted over those that exist: prompts may be padded on the left.
+        start: `config -> id` that is written first, where the prompt is something else (encoder-decoders); None: the prompt
+            stands in `ids`.
+    """
+
+    ids: str = "input_ids"
+    mask: str = "attention_mask"
+    places: bool = False
+    start: Callable[[Any], int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """A family of published models.
+
+    Args:
+        name: the published `model_type`.
+        config: the dataclass of its configuration.
+        build: `(config, heads, dtype) -> model`.
+        table: `config -> Table`, of all its heads.
+        forward: `(run, config, inputs) -> fields`: published inputs to published outputs; `run(batch, causal=())` applies
+            the model.
+        names: published names of its sizes -> the fields in which they differ from the defaults.
+        heads: published heads by our name -> the beginning of their tensors' names.
+        prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
+        known: patterns of tensors that are stored and not read: buffers and tied copies.
+        generation: how it writes; None: it does not.
+    """
+
+    name: str
+    config: type
+    build: Callable[[Any, Sequence[str], str], MultimodalTransformer]
+    table: Callable[[Any], Table]
+    forward: Callable[[Runner, Any, Mapping[str, Any]], dict[str, Any]]
+    names: Mapping[str, Mapping[str, Any]]
+    heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prefix: str = ""
+    known: Sequence[str] = ()
+    generation: Generation | None = None
+
+
+def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
+    """Published ids `(B, L)` and their attention mask as a raw value; padded ones are embedded too, as published models do."""
+    raw = {"ids": ids, **beside} if beside else ids
+    mask = jnp.ones(ids.shape, bool) if mask is None else mask != 0
+    return Masked(raw, mask, keep=True)
+
+
+def channels_last(pixels: Any) -> Any:
+    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`."""
+    return jnp.moveaxis(pixels, -3, -1)
+
+
+def as_batch(batch: Batch) -> dict[str, Any]:
+    """Integers as int32, what else as it is."""
+
+    def one(x: Any) -> Any:
+        return x.astype(np.int32) if np.issubdtype(x.dtype, np.integer) and x.dtype != np.uint8 else x
+
+    return jax.tree.map(one, batch)

@@ -1,0 +1,233 @@
+"""Published weights as a model that one can call: folders in the published layout come in and go out."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmx.errors import InputError, unknown, writing
+from mmx.model import MultimodalTransformer, example_batch
+from mmx.parallel import shardings
+from mmx.types import Batch, Params
+from mmx.zoo import weights as weight_files
+from mmx.zoo.config import parse, to_published
+from mmx.zoo.family import Family, Run, as_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model with its weights, called with published input names; it returns published output names.
+
+    Attributes:
+        model: the Linen module.
+        params: its parameters, float32.
+        config: the published configuration.
+        family: what ties these to published names.
+        heads: the published heads it has.
+        extra: further published fields of config.json, kept for who saves it again.
+    """
+
+    model: MultimodalTransformer
+    params: Params
+    config: Any
+    family: Family
+    heads: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, output_hidden_states: bool = False, **inputs: Any) -> dict[str, Any]:
+        """Published inputs (`pixel_values` as (B, C, H, W), `input_ids`, `attention_mask`, `labels`, ...) to published outputs.
+
+        Args:
+            output_hidden_states: whether `hidden_states` are among them: a tuple, the embeddings first.
+            **inputs: arrays; what is None is not there.
+
+        Raises:
+            InputError: an input this family does not have.
+        """
+        given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        return _forward(self.family, self.model, self.config, output_hidden_states, self.params, as_batch(given))
+
+    def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
+        """Writes the likeliest next id, `max_new_tokens` times.
+
+        Args:
+            max_new_tokens: how many ids to write.
+            **inputs: published inputs; a prompt `input_ids (B, P)` may be padded on the left where `attention_mask` is 0.
+
+        Returns:
+            `sequences (B, P + max_new_tokens)`, the prompt included, and `logits (B, max_new_tokens, V)` of each choice.
+        """
+        names = self.family.generation
+        if names is None:
+            raise InputError(f"{self.family.name}: it does not generate")
+        given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        if names.start is not None:
+            size = len(next(iter(given.values())))
+            given.setdefault(names.ids, np.full((size, 1), names.start(self.config)))
+        if names.ids not in given:
+            raise InputError(f"{self.family.name}: the input {names.ids} is missing; it is the prompt")
+        given.setdefault(names.mask, np.ones_like(given[names.ids]))
+        return _generate(self.family, self.model, self.config, max_new_tokens, self.params, as_batch(given))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    family: Family, model: MultimodalTransformer, config: Any, count: int, params: Params, inputs: Batch
+) -> dict[str, jax.Array]:
+    names = family.generation
+    assert names is not None
+    prompt = inputs[names.ids].shape[1]
+    ids, mask = (jnp.pad(inputs[name], ((0, 0), (0, count))) for name in (names.ids, names.mask))
+
+    def logits_of(ids: jax.Array, mask: jax.Array) -> jax.Array:
+        now = {**inputs, names.ids: ids, names.mask: mask}
+        if names.places:
+            now["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+        return _forward(family, model, config, False, params, now)["logits"]
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        ids, mask, written = carry
+        scores = logits_of(ids, mask)[:, prompt + i - 1]  # (B, V)
+        ids = ids.at[:, prompt + i].set(scores.argmax(-1).astype(ids.dtype))
+        return ids, mask.at[:, prompt + i].set(1), written.at[:, i].set(scores)
+
+    vocab = jax.eval_shape(logits_of, ids, mask)
+    written = jnp.zeros((len(ids), count, vocab.shape[-1]), vocab.dtype)
+    ids, _, written = jax.lax.fori_loop(0, count, step, (ids, mask, written))
+    return {"sequences": ids, "logits": written}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(
+    family: Family, model: MultimodalTransformer, config: Any, states: bool, params: Params, inputs: Batch
+) -> dict[str, Any]:
+    def run(batch: Batch, causal: Sequence[str] = ()) -> Run:
+        out, more = model.apply({"params": params}, batch, tuple(causal), mutable=["intermediates"])
+        return Run(out, more["intermediates"])  # type: ignore[arg-type]
+
+    read = _Inputs(inputs, family.name)
+    fields = family.forward(run, config, read)
+    if ignored := set(inputs) - read.taken:
+        raise InputError(f"{family.name}: " + unknown("input", sorted(ignored)[0], read.taken))
+    return _present(fields, states)
+
+
+def _present(fields: Mapping[str, Any], states: bool) -> dict[str, Any]:
+    """The fields that have a value, hidden states only if they were asked for."""
+    inner = {n: _present(v, states) if isinstance(v, Mapping) else v for n, v in fields.items()}
+    return {n: v for n, v in inner.items() if v is not None and (states or not n.endswith("hidden_states"))}
+
+
+class _Inputs(Mapping[str, Any]):
+    """The inputs of a call, which remembers what was asked for, so that nothing is ignored in silence."""
+
+    def __init__(self, inputs: Batch, family: str):
+        self._inputs, self._family, self.taken = inputs, family, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.taken.add(name)
+        if name not in self._inputs:
+            raise InputError(f"{self._family}: the input {name} is missing; given: {', '.join(self._inputs) or 'nothing'}")
+        return self._inputs[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.taken.add(name)
+        return self._inputs.get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.taken.add(str(name))
+        return name in self._inputs
+
+    def __iter__(self) -> Any:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+
+def load_pretrained(
+    folder: str | Path,
+    *,
+    family: str | None = None,
+    heads: Sequence[str] | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> Pretrained:
+    """Loads a folder in the published layout: `config.json` and `*.safetensors`, sharded index included; no torch, no network.
+
+    Args:
+        folder: where it lies.
+        family: which family it is, where config.json has no `model_type`.
+        heads: which published heads; None: those the weights have.
+        dtype: type of the computation.
+        mesh: devices to load onto; each gets its part of every parameter.
+
+    Raises:
+        InputError: no such folder or file, a configuration with something unsupported, or weights that do not fit it: one
+            error with every name that is missing, unexpected, or of another shape.
+    """
+    from mmx.zoo import FAMILIES
+
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
+    fields = json.loads((folder / "config.json").read_text())
+    name = family or fields.get("model_type")
+    if name not in FAMILIES:
+        if name is None:
+            raise InputError(f"{folder}/config.json has no model_type; name one: family={' or '.join(sorted(FAMILIES))}")
+        raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
+    found = FAMILIES[name]
+    config = parse(found.config, fields, str(folder / "config.json"))
+    tensors = weight_files.Tensors(folder)
+    bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
+    if heads is None:
+        heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
+    model = build(found, config, heads, dtype)
+    weights, params = _weights(found, config, model)
+    names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
+    known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
+    weight_files.check(weights, params, tensors, known, names)
+    where = shardings(mesh, params) if mesh is not None else None
+    params = weight_files.read(weights, params, tensors, names, where)
+    extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(found.config)}}
+    return Pretrained(model, params, config, found, tuple(heads), extra)
+
+
+def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32") -> None:
+    """Writes a folder in the published layout, which `load_pretrained` and the original library read.
+
+    Args:
+        folder: created if it is not there.
+        pretrained: what is written.
+        dtype: of the file: float32, float16 or bfloat16.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family = pretrained.family
+    weights, _ = _weights(family, pretrained.config, pretrained.model)
+    weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
+    fields = {**pretrained.extra, **to_published(pretrained.config), "model_type": family.name}
+    with writing(folder / "config.json") as path:
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def build(family: Family, config: Any, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    """The model of a configuration, with the published heads that are named."""
+    for head in heads:
+        if head not in family.heads:
+            raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
+    return family.build(config, tuple(heads), dtype)
+
+
+def _weights(family: Family, config: Any, model: MultimodalTransformer) -> tuple[list[weight_files.Weight], Any]:
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
+    return weight_files.resolve(family.table(config), params), params

@@ -1,0 +1,302 @@
+"""Weights in published layouts: tables of names as data, read and written as safetensors, in both directions.
+
+A family's table maps a published module, or a single tensor, to ours:
+
+    {"bert.encoder.layer.{}.attention.self.query": "stages_0/text/layers/block/self/query", ...}
+
+`{}` is the number of a layer, and the leading axis of our array. A module's tensors follow from our leaves: `weight` is our
+kernel, scale or embedding, `bias` our bias. A dense weight is published as (out, in); which dimensions of our kernel are
+which is what `mmx.parallel.sharding` knows of its path. What is not so simple has a `Layout`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from mmx.errors import InputError, writing
+from mmx.parallel.sharding import logical_axes
+
+SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LAYER = re.compile(r"\{(?:(\d+)\+(\d+))?\}")  # {} every layer; {6+1} from the seventh on; {0+2} every second one
+INDEX = "model.safetensors.index.json"
+SHARD = 5 * 2**30  # bytes of a file that is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How published tensors lie that are not one dense (out, in), norm or embedding.
+
+    Args:
+        paths: ours; several ones lie side by side along the published output.
+        window: of a convolution whose weight is (out, in, *window).
+        transposed: whether a dense weight is (out, in); False: (in, out), as GPT-2's Conv1D and bare matrices are.
+        shape: of a tensor that has other dimensions than ours, such as (1, 1, D); None: ours.
+        add: what is added to a published number to get ours (Gemma's norms hold scale - 1).
+    """
+
+    paths: tuple[str, ...]
+    window: tuple[int, ...] = ()
+    transposed: bool = True
+    shape: tuple[int, ...] | None = None
+    add: float = 0.0
+
+
+def fused(*paths: str) -> Layout:
+    """Several of our modules side by side in one published dense layer (out, in)."""
+    return Layout(paths)
+
+
+def conv1d(*paths: str) -> Layout:
+    """GPT-2's Conv1D: a dense layer published as (in, out), of one or several of ours."""
+    return Layout(paths, transposed=False)
+
+
+def convolution(path: str, *window: int) -> Layout:
+    """A convolution whose window moves by its own size: our dense layer over patches."""
+    return Layout((path,), window=window)
+
+
+def reshaped(path: str, *shape: int) -> Layout:
+    """A tensor that is published with other dimensions."""
+    return Layout((path,), shape=shape)
+
+
+Table = Mapping[str, str | Layout]
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Nested dicts as one: `{"a/b/kernel": leaf}`."""
+    return dict(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def layers(published: str, ours: str, table: Table) -> Table:
+    """A table for the modules of a layer, with their prefixes on both sides."""
+
+    def put(target: str | Layout) -> str | Layout:
+        if isinstance(target, str):
+            return f"{ours}/{target}"
+        return dataclasses.replace(target, paths=tuple(f"{ours}/{path}" for path in target.paths))
+
+    return {f"{published}.{name}": put(target) for name, target in table.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One of our leaves, or one layer of it, and the published tensor that holds it."""
+
+    name: str  # of the published tensor
+    path: str  # of our leaf
+    layer: int | None  # of our leaf's leading axis
+    form: tuple[int, ...]  # of our leaf, without layers
+    layout: Layout
+    matrix: tuple[int, int] | None  # (in, out) of a dense weight
+    start: int = 0  # of a part of a fused tensor, along its output
+    whole: int | None = None  # length of the fused tensor's output
+
+    @property
+    def axis(self) -> int:
+        """The published tensor's output axis."""
+        return 1 if self.matrix and not self.layout.transposed else 0
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The published shape, without the neighbours in a fused tensor."""
+        if self.layout.shape is not None:
+            return self.layout.shape
+        if self.matrix is None:
+            return (math.prod(self.form),) if self.path.endswith(("/bias", "/scale")) else self.form
+        inputs, outputs = self.matrix
+        if self.layout.window:
+            return (outputs, inputs // math.prod(self.layout.window), *self.layout.window)
+        return (outputs, inputs) if self.layout.transposed else (inputs, outputs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The published shape."""
+        shape = list(self.part_shape)
+        if self.whole is not None:
+            shape[self.axis] = self.whole
+        return tuple(shape)
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """The published tensor, or what it is fused of, as our leaf: float32."""
+        if self.whole is not None:
+            array = array.take(range(self.start, self.start + self.part_shape[self.axis]), self.axis)
+        array = array.astype(np.float32) + self.layout.add if self.layout.add else array.astype(np.float32)
+        if self.matrix and self.layout.window:
+            array = np.moveaxis(array, (0, 1), (-1, -2))
+        elif self.matrix and self.layout.transposed:
+            array = array.T
+        return array.reshape(self.form)
+
+    def to_published(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`, of the part."""
+        if self.matrix and self.layout.window:
+            outputs, inputs = self.part_shape[:2]
+            array = np.moveaxis(array.reshape(*self.layout.window, inputs, outputs), (-1, -2), (0, 1))
+        elif self.matrix and self.layout.transposed:
+            array = array.reshape(self.matrix).T
+        return np.asarray(array.reshape(self.part_shape) - self.layout.add, order="C")
+
+
+def resolve(table: Table, params: Any) -> list[Weight]:
+    """Every leaf of `params` (arrays or shapes) that the table names, layer by layer."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat(params).items()}
+    weights: list[Weight] = []
+    for published, target in table.items():
+        layout = target if isinstance(target, Layout) else Layout((target,))
+        for suffix, leaves in _leaves(layout.paths, shapes).items():
+            weights += _weights(published + suffix, leaves, layout, shapes)
+    return weights
+
+
+def _leaves(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Published suffix -> our leaves: the leaf itself, or those of a module."""
+    if paths[0] in shapes:
+        return {"": list(paths)}
+    return {f".{SUFFIX[leaf]}": [f"{path}/{leaf}" for path in paths] for leaf in SUFFIX if f"{paths[0]}/{leaf}" in shapes}
+
+
+def _weights(name: str, leaves: Sequence[str], layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> list[Weight]:
+    match = LAYER.search(name)
+    parts = []
+    for path in leaves:
+        form = shapes[path][1:] if match else shapes[path]
+        axes = logical_axes(path) if path.endswith("/kernel") else None
+        count = len(axes.inputs) if axes else 0
+        matrix = (math.prod(form[:count]), math.prod(form[count:])) if axes and name.endswith(".weight") else None
+        parts.append(Weight(name, path, None, form, layout, matrix))
+    if len(parts) > 1:
+        starts = np.cumsum([0] + [part.part_shape[part.axis] for part in parts])
+        parts = [dataclasses.replace(p, start=int(s), whole=int(starts[-1])) for p, s in zip(parts, starts, strict=False)]
+    if not match:
+        return parts
+    first, step = int(match[1] or 0), int(match[2] or 1)
+    return [
+        dataclasses.replace(part, name=LAYER.sub(str(first + step * i), name), layer=i)
+        for part in parts
+        for i in range(shapes[part.path][0])
+    ]
+
+
+class Tensors:
+    """The tensors of a folder by their names, of one safetensors file or of several with an index; read when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
+        if (folder / INDEX).exists():
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            if absent := [name for name in names if not (folder / name).exists()]:
+                raise InputError(f"{folder}: {INDEX} names {', '.join(absent)}, which is not there; fetch every part")
+            files = [folder / name for name in names]
+        if not files:
+            raise InputError(f"{folder}: no model.safetensors and no {INDEX}; expected published weights beside config.json")
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            try:
+                opened = safetensors.safe_open(str(file), "numpy")
+            except Exception as error:
+                raise InputError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
+            for name in opened.keys():  # noqa: SIM118
+                self._files[name] = opened
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._files[name].get_tensor(name))
+
+
+def check(weights: Sequence[Weight], params: Any, tensors: Tensors, known: Iterable[str], names: Mapping[str, str]) -> None:
+    """Raises one error with every name that is missing, unexpected, or of another shape.
+
+    Args:
+        weights: what is wanted.
+        params: our leaves.
+        tensors: what there is.
+        known: patterns of names that may be there and are not read: buffers, copies, heads that were not asked for.
+        names: wanted name -> name in the file.
+    """
+    wanted = {names.get(w.name, w.name): w for w in weights}
+    ours = set(flat(params)) - {w.path for w in weights}
+    problems = [f"missing: {name} {w.shape}" for name, w in wanted.items() if name not in tensors.shapes]
+    problems += [f"without a published name: {path}" for path in sorted(ours)]
+    problems += [
+        f"of another shape: {name} is {tensors.shapes[name]}, the configuration asks for {w.shape}"
+        for name, w in wanted.items()
+        if name in tensors.shapes and tensors.shapes[name] != w.shape
+    ]
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in known) or r"(?!)")
+    problems += [f"unexpected: {n} {s}" for n, s in tensors.shapes.items() if n not in wanted and not ignored.search(n)]
+    if problems:
+        raise InputError(
+            f"{tensors.folder}: the weights do not fit the configuration ({len(problems)} tensors):\n  " + "\n  ".join(problems)
+        )
+
+
+def read(weights: Sequence[Weight], params: Any, tensors: Tensors, names: Mapping[str, str], shardings: Any = None) -> Any:
+    """Our parameters from published tensors, as float32, one leaf (or one layer of it) at a time.
+
+    With `shardings`, every device gets its part of a leaf and nothing else.
+    """
+    by_path: dict[str, list[Weight]] = {}
+    for weight in weights:
+        by_path.setdefault(weight.path, []).append(weight)
+    targets = flat(shardings) if shardings is not None else {}
+    leaves = {}
+    for path, leaf in flat(params).items():
+
+        def part(index: Any, parts: list[Weight] = by_path[path]) -> np.ndarray:
+            if parts[0].layer is None:
+                return parts[0].to_ours(tensors[names.get(parts[0].name, parts[0].name)])[index]
+            chosen = parts[index[0]] if index else parts
+            return np.stack([w.to_ours(tensors[names.get(w.name, w.name)])[index[1:]] for w in chosen])
+
+        if path in targets:
+            leaves[path] = jax.make_array_from_callback(leaf.shape, targets[path], part)
+        else:
+            leaves[path] = jax.numpy.asarray(part((slice(None),) * len(leaf.shape)))
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def write(folder: Path, weights: Sequence[Weight], params: Any, dtype: str = "float32", shard: int = SHARD) -> None:
+    """Writes our parameters in the published layout: `model.safetensors`, or several files and their index."""
+    leaves = flat(params)
+    parts: dict[str, list[tuple[Weight, np.ndarray]]] = {}
+    for weight in weights:
+        array = np.asarray(leaves[weight.path] if weight.layer is None else leaves[weight.path][weight.layer])
+        parts.setdefault(weight.name, []).append((weight, weight.to_published(array)))
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    tensors = {
+        name: np.ascontiguousarray(np.concatenate([a for _, a in several], several[0][0].axis).astype(kind))
+        if len(several) > 1
+        else several[0][1].astype(kind)
+        for name, several in parts.items()
+    }
+    files: list[dict[str, np.ndarray]] = [{}]
+    for name, array in tensors.items():
+        if files[-1] and sum(a.nbytes for a in files[-1].values()) + array.nbytes > shard:
+            files.append({})
+        files[-1][name] = array
+    titles = ["model.safetensors"]
+    if len(files) > 1:
+        titles = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for title, content in zip(titles, files, strict=True):
+        with writing(folder / title) as path:
+            safetensors.numpy.save_file(content, str(path), {"format": "pt"})
+    if len(files) > 1:
+        index = {name: title for title, content in zip(titles, files, strict=True) for name in content}
+        total = sum(array.nbytes for array in tensors.values())
+        with writing(folder / INDEX) as path:
+            path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2))
