@@ -13,6 +13,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
 LAYER: Table = {  # of every model that copied BERT's
@@ -179,6 +180,8 @@ FAMILIES = (
         },
         heads={"masked-lm": "cls.predictions", "matching": "cls.seq_relationship"},
         prefix="bert",
+        texts=Texts("[CLS]", "[SEP]", lower=True),
+        length=lambda c: c.max_position_embeddings,
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
     ),
 )

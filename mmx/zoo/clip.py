@@ -12,6 +12,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import activation
 from mmx.zoo.family import Family, Run, Runner, channels_last, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {
@@ -203,5 +204,7 @@ FAMILIES = (
             "clip-vit-large-patch14-336": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14, 336)},
         },
         known=(r"position_ids$",),
+        texts=Texts("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", full=True, word_end="</w>"),
+        length=lambda c: c.text_config.max_position_embeddings,
     ),
 )

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmx.model import MultimodalTransformer
 from mmx.types import Batch, Masked, Outputs
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
 
 
@@ -63,6 +64,8 @@ class Family:
         prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
         known: patterns of tensors that are stored and not read: buffers and tied copies.
         generation: how it writes; None: it does not.
+        texts: how it reads texts, where its files do not tell; None: it reads none.
+        length: `config -> longest text`.
     """
 
     name: str
@@ -75,6 +78,8 @@ class Family:
     prefix: str = ""
     known: Sequence[str] = ()
     generation: Generation | None = None
+    texts: Texts | None = None
+    length: Callable[[Any], int] | None = None
 
 
 def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:

@@ -11,6 +11,7 @@ from mmx.topologies import PerStream
 from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Generation, Runner, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, conv1d, layers
 
 LAYER: Table = {
@@ -100,6 +101,8 @@ FAMILIES = (
         heads={"captioning": "transformer."},
         prefix="transformer",
         generation=Generation(places=True),
+        texts=Texts(pad="<|endoftext|>", unknown="<|endoftext|>"),
+        length=lambda c: c.n_positions,
         known=(r"\.attn\.(bias|masked_bias)$", r"^lm_head\.weight$"),
     ),
 )

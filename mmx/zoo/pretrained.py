@@ -17,9 +17,11 @@ from mmx.errors import InputError, unknown, writing
 from mmx.model import MultimodalTransformer, example_batch
 from mmx.parallel import shardings
 from mmx.types import Batch, Params
+from mmx.zoo import preprocess
 from mmx.zoo import weights as weight_files
 from mmx.zoo.config import parse, to_published
 from mmx.zoo.family import Family, Run, as_batch
+from mmx.zoo.preprocess import FILES, Preprocessing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,10 @@ class Pretrained:
         config: the published configuration.
         family: what ties these to published names.
         heads: the published heads it has.
+        preprocess: called as `preprocess(texts=[...], images=[...])`, returns the inputs of a call: what the weights were
+            trained with, read from the tokenizer and the preprocessor_config.json beside them.
         extra: further published fields of config.json, kept for who saves it again.
+        files: further published files, likewise: those of the tokenizer.
     """
 
     model: MultimodalTransformer
@@ -40,7 +45,9 @@ class Pretrained:
     config: Any
     family: Family
     heads: tuple[str, ...] = ()
+    preprocess: Preprocessing = Preprocessing()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     def __call__(self, output_hidden_states: bool = False, **inputs: Any) -> dict[str, Any]:
         """Published inputs (`pixel_values` as (B, C, H, W), `input_ids`, `attention_mask`, `labels`, ...) to published outputs.
@@ -199,7 +206,9 @@ def load_pretrained(
     where = shardings(mesh, params) if mesh is not None else None
     params = weight_files.read(weights, params, tensors, names, where)
     extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(found.config)}}
-    return Pretrained(model, params, config, found, tuple(heads), extra)
+    files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
+    steps = preprocess.read(folder, found.length(config) if found.length else None, found.texts)
+    return Pretrained(model, params, config, found, tuple(heads), steps, extra, files)
 
 
 def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32") -> None:
@@ -215,6 +224,9 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     family = pretrained.family
     weights, _ = _weights(family, pretrained.config, pretrained.model)
     weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
+    for name, content in pretrained.files.items():
+        with writing(folder / name) as path:
+            path.write_bytes(content)
     fields = {**pretrained.extra, **to_published(pretrained.config), "model_type": family.name}
     with writing(folder / "config.json") as path:
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,136 @@
+"""What a published model was trained with: size, mean and std of images, tokenizer and length of texts."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmx.errors import InputError
+from mmx.zoo.tokenizer import FILES as TEXT_FILES
+from mmx.zoo.tokenizer import Texts, TextSteps, read_texts
+
+FILES = (*TEXT_FILES, "preprocessor_config.json", "generation_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSteps:
+    """Images to `pixel_values (B, C, H, W)` float32: resized, cut, scaled, normalised.
+
+    Args:
+        size: (height, width), or one number: the shorter edge.
+        crop: (height, width) of the middle that is kept; None: all.
+        resample: the filter, as Pillow numbers them: 2 bilinear, 3 bicubic.
+        scale: factor of pixels 0..255.
+        mean: by channel, of scaled pixels.
+        std: likewise.
+    """
+
+    size: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = None
+    resample: int = 3
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __call__(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Images are Pillow's, or arrays (height, width, channels) uint8."""
+        if isinstance(images, (str, bytes)) or not len(images):
+            raise InputError(f"images={images!r}; expected a list of images")
+        return {"pixel_values": np.stack([self.one(image) for image in images])}
+
+    def one(self, image: Any) -> np.ndarray:
+        """One image: (C, H, W)."""
+        if not isinstance(image, Image.Image):
+            array = np.asarray(image)
+            if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype != np.uint8:
+                raise InputError(f"expected (height, width, channels) uint8 or Pillow's image, got {array.dtype} {array.shape}")
+            image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+        image = image.convert("RGB")
+        if self.size is not None:
+            image = image.resize(self._size(image.size), self.resample)
+        pixels = np.asarray(image, np.float32)
+        if self.crop is not None:
+            pixels = _middle(pixels, self.crop)
+        return ((pixels * self.scale - np.asarray(self.mean, "f")) / np.asarray(self.std, "f")).transpose(2, 0, 1)
+
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) to resize to."""
+        if isinstance(self.size, tuple):
+            return self.size[1], self.size[0]
+        width, height = size
+        edge: Any = self.size
+        return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+
+
+def _middle(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+    """The middle of an image (H, W, C); black where it is smaller."""
+    lacking = [max(want - have, 0) for want, have in zip(crop, pixels.shape, strict=False)]
+    pixels = np.pad(pixels, [((n + 1) // 2, n // 2) for n in lacking] + [(0, 0)])
+    top, left = ((have - want) // 2 for want, have in zip(crop, pixels.shape, strict=False))
+    return pixels[top : top + crop[0], left : left + crop[1]]
+
+
+def read_images(folder: Path) -> ImageSteps | None:
+    """The steps of a published folder's preprocessor_config.json; None if it has none, or none for images."""
+    file = folder / "preprocessor_config.json"
+    fields = json.loads(file.read_text()) if file.exists() else {}
+    if "image_mean" not in fields:
+        return None
+    size, crop = fields.get("size", 224), fields.get("crop_size")
+    if isinstance(size, dict):
+        size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+    elif not fields.get("do_center_crop"):
+        size = _pair(size)
+    return ImageSteps(
+        size=size if fields.get("do_resize", True) else None,
+        crop=_pair(crop if crop is not None else size) if fields.get("do_center_crop") else None,
+        resample=fields.get("resample", 2),
+        scale=fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0,
+        mean=tuple(fields["image_mean"]) if fields.get("do_normalize", True) else (0.0,) * 3,
+        std=tuple(fields["image_std"]) if fields.get("do_normalize", True) else (1.0,) * 3,
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, dict):
+        return size["height"], size["width"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The steps of one model; each is None where its folder tells nothing of it."""
+
+    texts: TextSteps | None = None
+    images: ImageSteps | None = None
+
+    def __call__(self, **raw: Any) -> dict[str, np.ndarray]:
+        """Published inputs of raw values by kind: `texts=[...]`, `images=[...]`."""
+        known = {f.name for f in dataclasses.fields(self)}
+        inputs: dict[str, np.ndarray] = {}
+        for kind, values in raw.items():
+            steps = getattr(self, kind) if kind in known else None
+            if steps is None:
+                told = [name for name in sorted(known) if getattr(self, name) is not None]
+                raise InputError(
+                    f"preprocess: the folder tells nothing of {kind}; it tells of {', '.join(told) or 'nothing'}. "
+                    f"Its tokenizer and preprocessor_config.json lie beside config.json"
+                )
+            inputs |= steps(values)
+        return inputs
+
+
+def read(folder: Path, length: int | None, rules: Texts | None) -> Preprocessing:
+    """All steps a published folder tells of.
+
+    Args:
+        folder: where its files lie.
+        length: the longest text the model takes; None: it reads none.
+        rules: of texts.
+    """
+    texts = read_texts(folder, length, rules) if length is not None and rules is not None else None
+    return Preprocessing(texts, read_images(folder))

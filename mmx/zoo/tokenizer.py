@@ -1,0 +1,241 @@
+"""Published tokenizer files through the `tokenizers` library: tokenizer.json, vocab.txt, vocab and merges, SentencePiece."""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from mmx.errors import InputError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+SPACE = "▁"  # how SentencePiece writes a space
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """How a family reads texts, where its files do not tell.
+
+    Args:
+        begin: the token in front; None: none.
+        end: the token behind; None: none.
+        pad: the token of what is not there.
+        unknown: the token of what is not in the vocabulary.
+        lower: whether letters are made small.
+        full: whether every text is padded to the longest that the model takes (CLIP, SigLIP), and not to the longest given.
+        word_end: what a byte-pair vocabulary marks the end of a word with (CLIP).
+    """
+
+    begin: str | None = None
+    end: str | None = None
+    pad: str = "[PAD]"
+    unknown: str = "[UNK]"
+    lower: bool = False
+    full: bool = False
+    word_end: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSteps:
+    """Texts to published inputs: ids padded on the right, and their attention mask."""
+
+    tokenizer: tokenizers.Tokenizer
+    pad: int
+    length: int
+    full: bool
+
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+        """`input_ids` and `attention_mask (B, L)` of texts, or of pairs of them with their `token_type_ids`; cut at `length`."""
+        if isinstance(texts, str) or not texts:
+            raise InputError(f"texts={texts!r}; expected a list of texts, or of pairs of texts")
+        self.tokenizer.enable_truncation(self.length)
+        self.tokenizer.no_padding()
+        encoded = self.tokenizer.encode_batch(list(texts))
+        longest = self.length if self.full else max(len(e.ids) for e in encoded)
+        rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
+        for e in encoded:
+            missing = longest - len(e.ids)
+            rows["input_ids"].append(e.ids + [self.pad] * missing)
+            rows["attention_mask"].append([1] * len(e.ids) + [0] * missing)
+            rows["token_type_ids"].append(e.type_ids + [0] * missing)
+        arrays = {name: np.asarray(row, np.int32) for name, row in rows.items()}
+        if isinstance(texts[0], str):
+            del arrays["token_type_ids"]  # all zero, which is what their absence means
+        return arrays
+
+
+def read_texts(folder: Path, length: int, rules: Texts) -> TextSteps | None:
+    """The tokenizer of a published folder; None if it has none.
+
+    Args:
+        folder: where its files lie.
+        length: the longest text the model takes.
+        rules: what the files do not tell.
+    """
+    settings = _settings(folder)
+    tokenizer = _read(folder, dataclasses.replace(rules, lower=settings.get("do_lower_case", rules.lower)))
+    if tokenizer is None:
+        return None
+    names = [_content(settings.get("pad_token")), rules.pad, rules.end, rules.unknown]
+    pad = next((i for i in (tokenizer.token_to_id(name) for name in names if name) if i is not None), 0)
+    length = min(length, int(min(settings.get("model_max_length") or length, 1e9)))
+    return TextSteps(tokenizer, pad, length, rules.full)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    files = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    return {name: value for file in files if file.exists() for name, value in json.loads(file.read_text()).items()}
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read(folder: Path, rules: Texts) -> tokenizers.Tokenizer | None:
+    if (folder / "tokenizer.json").exists():
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if (folder / "vocab.txt").exists():
+        return _with_ends(_word_pieces(folder / "vocab.txt", rules), rules)
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return _with_ends(_byte_pairs(folder, rules), rules)
+    for name in ("spiece.model", "tokenizer.model"):
+        if (folder / name).exists():
+            return _with_ends(sentence_pieces((folder / name).read_bytes(), rules.lower), rules)
+    return None
+
+
+def _word_pieces(file: Path, rules: Texts) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(file.read_text(encoding="utf-8").splitlines())}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=rules.unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=rules.lower)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab])
+    return tokenizer
+
+
+def _byte_pairs(folder: Path, rules: Texts) -> tokenizers.Tokenizer:
+    unknown = {"unk_token": rules.unknown} if rules.word_end else {}
+    model = models.BPE.from_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix=rules.word_end, **unknown
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    if rules.word_end:  # CLIP: words, numbers and signs are told apart before their bytes are
+        space = tokenizers.Regex(r"\s+")
+        pattern = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        tokenizer.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+            [normalizers.NFC(), normalizers.Replace(space, " "), normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    vocab = tokenizer.get_vocab()
+    tokenizer.add_special_tokens([t for t in dict.fromkeys((rules.begin, rules.end, rules.pad)) if t and t in vocab])
+    return tokenizer
+
+
+def sentence_pieces(model: bytes, lower: bool = False) -> tokenizers.Tokenizer:
+    """A SentencePiece model file (a protocol buffer), unigram or byte-pair, as a tokenizer without tokens in front or behind."""
+    pieces: list[tuple[str, float]] = []
+    kinds: list[int] = []
+    unigram, charsmap, prefix, squeeze = True, b"", True, True
+    for field, value in _messages(model):
+        if field == 1:
+            piece = dict(_messages(value))
+            pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
+            kinds.append(piece.get(3, 1))
+        elif field == 2:
+            unigram = dict(_messages(value)).get(3, 1) == 1
+        elif field == 3:
+            rules = dict(_messages(value))
+            charsmap, prefix, squeeze = rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1))
+    unknown = kinds.index(2) if 2 in kinds else 0
+    by_bytes = 6 in kinds
+    if unigram:
+        tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unknown, by_bytes))
+    else:
+        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+        merges = _merges(pieces, vocab)
+        tokenizer = tokenizers.Tokenizer(
+            models.BPE(vocab, merges, unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=by_bytes)
+        )
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    steps += [normalizers.Lowercase()] if lower else []
+    if squeeze:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    scheme = "always" if prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=unigram)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
+        [decoders.ByteFallback(), decoders.Metaspace(SPACE, prepend_scheme=scheme)]
+    )
+    tokenizer.add_special_tokens([piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind in (2, 3)])
+    return tokenizer
+
+
+def _merges(pieces: Sequence[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs a byte-pair model joins, in the order of what they make: SentencePiece stores only the results."""
+    found = [
+        (-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:])
+        for piece, score in pieces
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer: numbers as int, what has a length as bytes, floats as their four bytes."""
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = number()
+        if key & 7 == 0:
+            yield key >> 3, number()
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or number()
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _with_ends(tokenizer: tokenizers.Tokenizer, rules: Texts) -> tokenizers.Tokenizer:
+    """Puts the family's tokens in front of and behind every text."""
+    ends = [(token, tokenizer.token_to_id(token)) for token in (rules.begin, rules.end) if token]
+    if missing := [token for token, i in ends if i is None]:
+        raise InputError(f"the vocabulary has no {' and no '.join(missing)}, which stand around every text of this family")
+    if ends:
+        front, behind = (f"{token} " if token else "" for token in (rules.begin, rules.end))
+        single = f"{front}$A {behind}".strip()
+        pair = f"{front}$A:0 {behind}$B:1 {behind.strip() + ':1' if behind else ''}".strip()
+        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single=single, pair=pair, special_tokens=list(dict.fromkeys(ends))
+        )
+    return tokenizer
