@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from mmx.flops import count_flops
     from mmx.generate import greedy
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
+    from mmx.pretrained import load_pretrained
     from mmx.train.experiment import Experiment
     from mmx.types import Masked, Outputs, Tokens
-    from mmx.zoo import Pretrained, create_model, list_models, load_pretrained, save_pretrained
+    from mmx.zoo import Pretrained, create_model, list_models, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _NAMES = {
     "Pretrained": "mmx.zoo",
     "create_model": "mmx.zoo",
     "list_models": "mmx.zoo",
-    "load_pretrained": "mmx.zoo",
+    "load_pretrained": "mmx.pretrained",
     "save_pretrained": "mmx.zoo",
 }
 __all__ = [

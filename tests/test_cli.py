@@ -14,7 +14,7 @@ from mmx import cli
 from mmx.cli import parse_experiment
 from mmx.errors import InputError
 from mmx.train import Experiment
-from mmx.train.experiment import load_config, to_json
+from mmx.train.experiment import from_json, load_config, to_json
 
 ROOT = Path(mmx.__file__).parent.parent
 
@@ -95,6 +95,8 @@ def test_every_configuration_builds(path):
 
     experiment = load_config(path)
     assert to_json(parse_experiment([str(path), "--seed", "1"])) == to_json(dataclasses.replace(experiment, seed=1))
+    written = json.loads(json.dumps(to_json(experiment)))
+    assert to_json(from_json(written)) == to_json(experiment)
     model = experiment.build_model()
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))
     assert mmx.count_parameters(shapes) > 0

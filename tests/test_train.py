@@ -19,6 +19,7 @@ import mmx
 from mmx import evaluate
 from mmx.data import DataError, Pipeline
 from mmx.errors import InputError
+from mmx.parallel import make_mesh
 from mmx.train import CheckpointConfig, LogConfig, MeshConfig, Stopped, run
 from mmx.train.checkpoint import open_checkpoints
 from mmx.train.experiment import differences, to_json
@@ -76,6 +77,33 @@ def test_a_run_writes_what_it_says(tiny, capsys):
     for part in ("step 6/6 100% eta 0:00", "examples/s", "tokens/s", "TFLOP/s", "of peak", "waiting for data", "GiB", "grad norm",
                  "matrix products of the forward passes x 3", "first step", "next: python train.py", str(folder), "chance"):  # fmt: skip
         assert part in out
+
+
+def test_a_run_is_loaded_like_published_weights(tiny, tmp_path, batch):
+    """A run folder, one of its checkpoints, and the safetensors that were made of it answer alike, as the trained model does."""
+    train(dataclasses.replace(tiny, steps=4))
+    run, image = mmx.load_pretrained(tiny.run), np.asarray(batch["image"])
+    words = run.preprocess(text=["red apple"] * len(image))
+    fields = run(image=image, **words)
+    expected = run.model.apply({"params": run.params}, {"image": image, **words})
+    np.testing.assert_allclose(fields["text_embeds"], expected.embeddings["text"], atol=1e-6)
+    assert fields["text_embeds"].shape == (8, 32) and {"image_embeds", "matching", "captioning"} < set(fields)
+    mmx.save_pretrained(tmp_path / "saved", run)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    for again in (
+        mmx.load_pretrained(f"{tiny.run}/checkpoints/4"),
+        mmx.load_pretrained(tmp_path / "saved"),
+        mmx.load_pretrained(tmp_path / "saved", mesh=mesh),
+    ):
+        same = again(image=image, **again.preprocess(text=["red apple"] * len(image)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), same, fields)
+    with pytest.raises(InputError, match="unknown modality 'texd'"):
+        run(texd=image)
+    config = json.loads((Path(tiny.run) / "config.json").read_text())
+    config["modalities"]["text"]["class"] = "Idz"
+    (Path(tiny.run) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="unknown class 'Idz'; did you mean 'Ids'"):
+        mmx.load_pretrained(tiny.run)
 
 
 def test_the_second_start_compiles_nothing(tiny, tmp_path):

@@ -61,6 +61,10 @@ class Tokenizer:
         self._tokenizer.save(os.fspath(temporary))
         temporary.replace(path)
 
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds."""
+        return self._tokenizer.to_str()
+
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Reads a `tokenizer.json`."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import flax.linen as nn
 import tyro
 
-from mmx import evaluate, objectives
+from mmx import data, evaluate, layers, modalities, objectives, parallel, topologies
 from mmx.data import DataConfig
 from mmx.errors import InputError, at_least, unknown
 from mmx.layers import BlockConfig
@@ -19,6 +19,7 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.parallel import MeshConfig
 from mmx.topologies import BEYOND, TOPOLOGIES, Stage
+from mmx.train import optimizer
 from mmx.train.optimizer import OptimizerConfig, make_schedule
 
 
@@ -150,6 +151,10 @@ class Experiment:
                 f"checkpoint): {unknown('evaluator', best, self.evaluators)}"
             )
 
+    def __hash__(self) -> int:
+        """By identity, so that it can be a static argument of jit; its fields hold dicts."""
+        return id(self)
+
     @property
     def active_objectives(self) -> dict[str, Any]:
         """The objectives whose weight is not 0."""
@@ -165,17 +170,47 @@ FREE = ("run", "resume", "mesh", "checkpoint", "log", "data.threads", "data.buff
 
 
 def to_json(value: Any) -> Any:
-    """A configuration as plain JSON; a dataclass that stands where several could says its type."""
+    """A configuration as plain JSON; every dataclass says its class, so that `from_json` can make it again."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [
             f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name") or not isinstance(value, nn.Module)
         ]
-        return {"type": type(value).__name__} | {name: to_json(getattr(value, name)) for name in fields}
+        return {"class": type(value).__name__} | {name: to_json(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
     return value
+
+
+def from_json(value: Any) -> Any:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+        InputError: a class that mmx does not have, or a field its class does not have.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(item) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    fields = {name: from_json(item) for name, item in value.items() if name != "class"}
+    if "class" not in value:
+        return fields
+    homes = (sys.modules[__name__], evaluate, objectives, data, layers, modalities, parallel, topologies, optimizer)
+    classes = {
+        name: item
+        for home in homes
+        for name, item in vars(home).items()
+        if isinstance(item, type) and dataclasses.is_dataclass(item)
+    }
+    cls: Any = classes.get(value["class"])
+    if cls is None:
+        raise InputError(f"{unknown('class', value['class'], classes)}; classes of your own cannot be made from their names")
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise InputError(f"{value['class']}: " + unknown("field", name, known))
+    return cls(**fields)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

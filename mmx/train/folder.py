@@ -5,10 +5,16 @@ import os
 import time
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from mmx.data import Tokenizer
 from mmx.errors import InputError, writing
-from mmx.train.checkpoint import find_checkpoint
-from mmx.train.experiment import Experiment, differences, to_json
+from mmx.model import MultimodalTransformer
+from mmx.train.checkpoint import find_checkpoint, open_checkpoints
+from mmx.train.experiment import Experiment, differences, from_json, to_json
+from mmx.train.optimizer import make_optimizer
+from mmx.train.state import make_state
+from mmx.types import Params
 
 
 class RunFolder:
@@ -48,6 +54,31 @@ class RunFolder:
             temporary.replace(self.config)
             if tokenizer is not None and not self.tokenizer.exists():
                 tokenizer.save(self.tokenizer)
+
+
+def load_run(path: Path, mesh: Mesh) -> tuple[Experiment, MultimodalTransformer, Params, Tokenizer | None]:
+    """What a run has learned: its configuration, its model, the parameters it is evaluated with, and its tokenizer.
+
+    Args:
+        path: the run folder, or one of its checkpoints.
+        mesh: devices to restore onto.
+
+    Raises:
+        InputError: there is no checkpoint, it is damaged, or its configuration cannot be made again from config.json.
+    """
+    checkpoints, step = find_checkpoint(path)
+    folder = RunFolder(checkpoints.parent)
+    if not folder.config.exists():
+        raise InputError(f"{folder}: no config.json beside its checkpoints")
+    experiment = from_json(json.loads(folder.config.read_text()))
+    model = experiment.build_model()
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    state, _ = make_state(model, optimizer, experiment.optimizer.ema > 0, experiment.seed, mesh)
+    opened = open_checkpoints(checkpoints)
+    state, _ = opened.restore(state, step)
+    opened.close()
+    tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
+    return experiment, model, state.evaluated_params, tokenizer
 
 
 def open_folder(experiment: Experiment) -> RunFolder:

@@ -15,7 +15,7 @@ from mmx.model import MultimodalTransformer
 from mmx.zoo import bert, clip, gpt2, vit
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
-from mmx.zoo.pretrained import Pretrained, build, load_pretrained, save_pretrained
+from mmx.zoo.pretrained import Pretrained, build, load_published, save_pretrained
 
 FAMILIES: dict[str, Family] = {family.name: family for module in (bert, clip, gpt2, vit) for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
@@ -59,6 +59,6 @@ __all__ = [
     "configuration",
     "create_model",
     "list_models",
-    "load_pretrained",
+    "load_published",
     "save_pretrained",
 ]

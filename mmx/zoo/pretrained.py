@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Pretrained:
     config: Any
     family: Family
     heads: tuple[str, ...] = ()
-    preprocess: Preprocessing = Preprocessing()
+    preprocess: Callable[..., dict[str, Any]] = Preprocessing()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class Pretrained:
         Raises:
             InputError: an input this family does not have.
         """
-        given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        given = {name: jax.tree.map(np.asarray, value) for name, value in inputs.items() if value is not None}
         return _forward(self.family, self.model, self.config, output_hidden_states, self.params, as_batch(given))
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
@@ -160,7 +160,7 @@ class _Inputs(Mapping[str, Any]):
         return len(self._inputs)
 
 
-def load_pretrained(
+def load_published(
     folder: str | Path,
     *,
     family: str | None = None,
@@ -168,19 +168,7 @@ def load_pretrained(
     dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """Loads a folder in the published layout: `config.json` and `*.safetensors`, sharded index included; no torch, no network.
-
-    Args:
-        folder: where it lies.
-        family: which family it is, where config.json has no `model_type`.
-        heads: which published heads; None: those the weights have.
-        dtype: type of the computation.
-        mesh: devices to load onto; each gets its part of every parameter.
-
-    Raises:
-        InputError: no such folder or file, a configuration with something unsupported, or weights that do not fit it: one
-            error with every name that is missing, unexpected, or of another shape.
-    """
+    """`mmx.load_pretrained` of a folder in the published layout: `config.json` and safetensors, sharded index included."""
     from mmx.zoo import FAMILIES
 
     folder = Path(folder)
@@ -227,7 +215,8 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     for name, content in pretrained.files.items():
         with writing(folder / name) as path:
             path.write_bytes(content)
-    fields = {**pretrained.extra, **to_published(pretrained.config), "model_type": family.name}
+    fields = to_published(pretrained.config) if pretrained.config is not None else {}
+    fields = {**pretrained.extra, **fields, "model_type": family.name}
     with writing(folder / "config.json") as path:
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
@@ -240,6 +229,11 @@ def build(family: Family, config: Any, heads: Sequence[str], dtype: str) -> Mult
     return family.build(config, tuple(heads), dtype)
 
 
+def abstract_params(model: MultimodalTransformer) -> Any:
+    """The shapes of a model's parameters; nothing is computed."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
+
+
 def _weights(family: Family, config: Any, model: MultimodalTransformer) -> tuple[list[weight_files.Weight], Any]:
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
+    params = abstract_params(model)
     return weight_files.resolve(family.table(config), params), params

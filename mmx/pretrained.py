@@ -1,0 +1,122 @@
+"""One door for weights: published folders, mmx's own run folders, and what `save_pretrained` made of a run."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmx.data import Tokenizer
+from mmx.errors import InputError
+from mmx.modalities import Ids
+from mmx.model import MultimodalTransformer
+from mmx.parallel import MeshConfig, make_mesh, shardings
+from mmx.train.checkpoint import find_checkpoint
+from mmx.train.experiment import Experiment, from_json, to_json
+from mmx.train.folder import load_run
+from mmx.zoo import weights as weight_files
+from mmx.zoo.family import Family, Runner
+from mmx.zoo.pretrained import Pretrained, abstract_params, load_published
+
+MODEL_TYPE = "mmx"
+TOKENIZER = "tokenizer.json"
+
+
+def load_pretrained(
+    folder: str | Path,
+    *,
+    family: str | None = None,
+    heads: Sequence[str] | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> Pretrained:
+    """Loads weights: a folder in a published layout, a run folder of mmx, or one of its checkpoints. No torch, no network.
+
+    Args:
+        folder: where they lie: `config.json` and safetensors (sharded index included), or a run.
+        family: which published family it is, where config.json has no `model_type`.
+        heads: which published heads; None: those the weights have.
+        dtype: type of the computation; a run has its own.
+        mesh: devices to load onto; each gets its part of every parameter.
+
+    Returns:
+        What is called with published input names; a run's model with its modalities' names.
+
+    Raises:
+        InputError: no such folder or file, a configuration with something unsupported, or weights that do not fit it: one
+            error with every name that is missing, unexpected, or of another shape.
+    """
+    folder = Path(folder)
+    kind = _kind(folder)
+    if kind == MODEL_TYPE:
+        return _load_saved(folder, mesh)
+    if kind == "run":
+        experiment, model, params, tokenizer = load_run(folder, mesh or make_mesh(MeshConfig()))
+        return _own(experiment, model, params, tokenizer)
+    return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh)
+
+
+def _kind(folder: Path) -> str | None:
+    """`run`, or the `model_type` that config.json names."""
+    file = folder / "config.json"
+    if not file.exists():
+        with_checkpoint = folder.is_dir() and (folder.name.isdigit() or folder.name == "checkpoints")
+        return "run" if with_checkpoint and find_checkpoint(folder) else None
+    fields = json.loads(file.read_text())
+    return "run" if fields.get("class") == Experiment.__name__ else fields.get("model_type")
+
+
+def _load_saved(folder: Path, mesh: Mesh | None) -> Pretrained:
+    experiment = from_json(json.loads((folder / "config.json").read_text())["experiment"])
+    model = experiment.build_model()
+    shapes = abstract_params(model)
+    tensors = weight_files.Tensors(folder)
+    weights = weight_files.resolve(_table(shapes), shapes)
+    weight_files.check(weights, shapes, tensors, (), {})
+    params = weight_files.read(weights, shapes, tensors, {}, None if mesh is None else shardings(mesh, shapes))
+    tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    return _own(experiment, model, params, tokenizer)
+
+
+def _own(experiment: Experiment, model: MultimodalTransformer, params: Any, tokenizer: Tokenizer | None) -> Pretrained:
+    """A model of mmx's own: its modalities are its inputs, its embeddings and heads its outputs."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    family = Family(MODEL_TYPE, Experiment, lambda c, heads, dtype: model, lambda c: _table(shapes), _forward, names={})
+    extra = {"experiment": to_json(experiment), "model_type": MODEL_TYPE}
+    files = {} if tokenizer is None else {TOKENIZER: tokenizer.to_json().encode()}
+    steps = _OwnSteps(tokenizer, {name: m.length for name, m in model.modalities.items() if isinstance(m, Ids)})
+    return Pretrained(model, params, None, family, (), steps, extra, files)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnSteps:
+    """Texts to the ids and masks of a modality of ids, by the run's tokenizer: `preprocess(text=[...])`."""
+
+    tokenizer: Tokenizer | None
+    lengths: Mapping[str, int]
+
+    def __call__(self, **raw: Any) -> dict[str, Any]:
+        batch = {}
+        for name, values in raw.items():
+            if name in self.lengths and len(values) and isinstance(values[0], str):
+                if self.tokenizer is None:
+                    raise InputError(f"preprocess: {name} is given as text, but the run has no tokenizer; give ids")
+                batch[name] = self.tokenizer(values, self.lengths[name])
+            else:
+                batch[name] = np.asarray(values)
+        return batch
+
+
+def _table(params: Any) -> weight_files.Table:
+    """Our own names, with dots."""
+    return {path.replace("/", "."): path for path in weight_files.flat(params)}
+
+
+def _forward(run: Runner, config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    r = run({name: inputs[name] for name in inputs})
+    embeddings = {f"{name}_embeds": value for name, value in r.out.embeddings.items()}
+    return {**embeddings, **r.out.logits, "logit_scale": r.out.logit_scale}
