@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import golden
 import jax
@@ -14,6 +15,7 @@ import safetensors.numpy
 import mmx
 from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
+from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, configuration
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
@@ -204,3 +206,30 @@ def test_another_resolution():
     pretrained = mmx.load_pretrained(VIT)
     fields = pretrained(pixel_values=np.ones((1, 3, 32, 48), "f"))
     assert fields["last_hidden_state"].shape == (1, 1 + 4 * 6, 32) and np.isfinite(fields["logits"]).all()
+
+
+def test_parts_of_one_model_in_another(rng):
+    """A BERT in the text tower and a ViT of another resolution in the image tower of a model with a joint encoder on top."""
+    bert, vit = mmx.load_pretrained(BERT), mmx.load_pretrained(VIT)
+    text, image = bert.model.modalities["text"].clone(), vit.model.modalities["image"].clone(size=(32, 32))
+    blocks = {"text": bert.model.stages[0].block, "image": vit.model.stages[0].block}
+    stages = (PerStream(3, blocks), Joint(1))
+    model = mmx.build_model({"image": image, "text": text}, stages, width=32, heads=4)
+    params = model.init(jax.random.key(0), mmx.example_batch(model))["params"]
+    towers = {part: part for part in ("modalities_text", "stages_0/text")}
+    new = mmx.zoo.transplant(params, bert.params, towers)
+    grids = {"modalities_image/position": ((3, 4), (4, 4))}
+    new = mmx.zoo.transplant(new, vit.params, {part: part for part in ("modalities_image", "stages_0/image")}, grids)
+    assert new["modalities_image"]["position"].shape == (17, 32)
+    np.testing.assert_array_equal(new["stages_1"]["stack"]["norm"]["scale"], params["stages_1"]["stack"]["norm"]["scale"])
+    ids = rng.integers(1, 90, (2, 7))
+    raw = {"ids": ids, "segment": np.zeros_like(ids)}
+    towers_only = model.clone(stages=stages[:1], embed=None)
+    out: Any = towers_only.apply({"params": {k: v for k, v in new.items() if "1" not in k}}, {"text": raw})
+    found = out.streams["text"].values
+    np.testing.assert_allclose(found, bert(input_ids=ids)["last_hidden_state"], atol=1e-5)
+    with pytest.raises(InputError) as error:
+        mmx.zoo.transplant(params, vit.params, {"modalities_image": "modalities_image", "stages_0/image": "stages_1/stack"})
+    assert "modalities_image/position is (13, 32), modalities_image/position is (17, 32)" in str(error.value)
+    with pytest.raises(InputError, match="the model has nothing at stages_9"):
+        mmx.zoo.transplant(params, vit.params, {"stages_0": "stages_9"})

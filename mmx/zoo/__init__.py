@@ -16,6 +16,7 @@ from mmx.zoo import bert, clip, gpt2, vit
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_published, save_pretrained
+from mmx.zoo.transplant import transplant
 
 FAMILIES: dict[str, Family] = {family.name: family for module in (bert, clip, gpt2, vit) for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
@@ -61,4 +62,5 @@ __all__ = [
     "list_models",
     "load_published",
     "save_pretrained",
+    "transplant",
 ]
