@@ -165,6 +165,19 @@ def test_patches_of_any_rank_are_cut_in_order(rng):
     np.testing.assert_allclose(tokens, np.stack(expected, 1))
 
 
+def test_patches_may_overlap(rng):
+    """Against loops; what is left over at the end is cut off."""
+    sound = rng.standard_normal((2, 7, 9, 1)).astype("f")
+    module = Patches((7, 9), (4, 4), 1, stride=(2, 3), position="none", width=16)
+    params = {"patch": {"kernel": np.eye(16, dtype="f"), "bias": np.zeros(16, "f")}}
+    tokens = module.apply({"params": params}, sound)
+    expected = [sound[:, y : y + 4, x : x + 4].reshape(2, -1) for y in (0, 2) for x in (0, 3)]
+    np.testing.assert_array_equal(tokens.values, np.stack(expected, 1))
+    assert module.grid == (2, 2) and tokens.coordinates.shape == (4, 2)
+    with pytest.raises(InputError, match="does not fit size"):
+        _ = Patches((3, 9), (4, 4), 1, stride=(2, 3)).grid
+
+
 def test_special_tokens_stand_in_front(rng):
     module = Patches((8, 8), (4, 4), special=("class", "distillation"), width=8)
     image, mask = rng.integers(0, 255, (2, 8, 8, 3)).astype(np.uint8), np.asarray([True, False])
