@@ -6,9 +6,10 @@ import pytest
 
 import mmx
 from mmx.errors import InputError
-from mmx.heads import Classifier, TiedDecoder
+from mmx.heads import Classifier, Pooler, TiedDecoder
 from mmx.modalities import Ids, Patches
 from mmx.topologies import TOPOLOGIES, cross_attention, early_concatenation
+from mmx.types import Tokens
 
 
 def modalities():
@@ -136,3 +137,19 @@ def test_wrong_models_are_refused():
     with pytest.raises(InputError, match="unknown modality 'speech'"):
         model = build()
         model.apply(init(model), {"text": np.zeros((1, 6), int)}, ("speech",))
+
+
+def test_special_tokens_are_pooled_and_normalised_before_the_classes(rng):
+    """The mean of the learned tokens in front; a LayerNorm before the last dense layer (AST)."""
+    values = rng.standard_normal((2, 5, 8)).astype("f")
+    tokens = Tokens(values, special=("class", "distillation"))
+    np.testing.assert_allclose(Pooler("special").apply({}, tokens, None), values[:, :2].mean(1), atol=1e-6)
+    head, x = Classifier(3, "audio", transform=False, norm=1e-5), values[:, 0]
+    params = {
+        "norm": {"scale": rng.standard_normal(8), "bias": rng.standard_normal(8)},
+        "classifier": {"kernel": rng.standard_normal((8, 3)), "bias": rng.standard_normal(3)},
+    }
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["norm"]["scale"]
+    expected = (normed + params["norm"]["bias"]) @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    found = head.apply({"params": jax.tree.map(np.float32, params)}, {"audio": tokens}, {"audio": x}, {})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
