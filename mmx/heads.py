@@ -134,6 +134,8 @@ class TiedDecoder(nn.Module):
 
     Args:
         modality: whose ids.
+        tied: False: with a matrix of its own.
+        scale: factor of the states before the matrix (T5: 1 / sqrt(D)).
         transform: whether a dense layer stands before the matrix.
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind it (BERT); None: no norm.
@@ -146,6 +148,8 @@ class TiedDecoder(nn.Module):
     norm: float | None = None
     bias: bool = True
     dtype: Any = "float32"
+    tied: bool = True
+    scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -156,11 +160,16 @@ class TiedDecoder(nn.Module):
         if name is None:
             return None
         first = len(streams[name].special)
-        x = streams[name].values[:, first : first + ids.length]  # a fused stream may be longer than the text in it
+        last = first + ids.length if name == FUSED else None  # a fused stream may be longer than the text in it
+        x = streams[name].values[:, first:last]
         if self.transform:
             x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
             x = x if self.activation is None else ACTIVATIONS[self.activation](x)
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
-        logits = ids.decode(x)
+        x = x if self.scale == 1 else x * self.scale
+        if self.tied:
+            logits = ids.decode(x)
+        else:
+            logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
         return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits
