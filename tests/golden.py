@@ -28,6 +28,7 @@ class Class:
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
+    source: tuple[str, ...] = ("pixel_values", "input_features")  # the inputs of the call that are given to generation too
 
 
 CLASSES = {
@@ -40,6 +41,8 @@ CLASSES = {
         },
         call={"return_loss": True},
     ),
+    "MarianMTModel": Class(source=("input_ids", "attention_mask")),
+    "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
 }
 
 
@@ -53,7 +56,7 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
-        others = {n: v for n, v in given.items() if n in ("pixel_values", "input_features")}
+        others = {n: v for n, v in given.items() if n in names.source}
         steps = recorded["generate.logits"].shape[1]
         made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
         fields |= {f"generate.{name}": value for name, value in flatten(made).items()}
