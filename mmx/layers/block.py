@@ -90,8 +90,8 @@ class BlockConfig:
         exact = self.relative // (2 if self.relative_past else 4) if isinstance(self.relative, int) else 1
         if not 1 <= exact < self.relative_furthest:
             raise InputError(
-                f"block: relative={self.relative}; {exact} of them for one distance each, but it has to be at least 1 and less than "
-                f"relative_furthest={self.relative_furthest}"
+                f"block: relative={self.relative}; {exact} of them hold one distance each, which has to be "
+                f"at least 1 and less than relative_furthest={self.relative_furthest}"
             )
         if isinstance(self.relative, tuple) and (len(self.relative) != 2 or min(self.relative) < 1):
             raise InputError(f"block: relative={self.relative}; a grid is (rows, columns)")
