@@ -55,7 +55,8 @@ class Pooler(nn.Module):
 
     Args:
         token: which token it is: "first" (a class token), "last", or "end" (the first one with the id `end`, or, if that is
-            None, with the highest id, as in OpenAI's CLIP); or "mean", of the tokens that exist.
+            None, with the highest id, as in OpenAI's CLIP); or "mean", of the tokens that exist; or "special", the mean of the
+            learned ones in front (AST).
         end: the id of the end of a text.
         norm: eps of a LayerNorm on it; None: no norm.
         size: of a dense layer behind it; None: no dense layer.
@@ -81,10 +82,12 @@ class Pooler(nn.Module):
     def _choose(self, tokens: Tokens, raw: Any) -> jax.Array:
         if self.token == "mean":
             return mean_pool(tokens)
+        if self.token == "special":
+            return tokens.values[:, : len(tokens.special)].mean(1)
         if self.token in ("first", "last"):
             return tokens.values[:, 0 if self.token == "first" else -1]
         if self.token != "end":
-            raise InputError("pooler: " + unknown("token", self.token, ("first", "last", "end", "mean")))
+            raise InputError("pooler: " + unknown("token", self.token, ("first", "last", "end", "mean", "special")))
         raw, _ = unmask(raw)
         ids = raw["ids"] if isinstance(raw, Mapping) else raw
         at = (ids if self.end is None else ids == self.end).argmax(-1)  # the first of the highest
@@ -98,11 +101,13 @@ class Classifier(nn.Module):
         classes: how many.
         stream: whose vector is read; None: the mean of all that are there.
         transform: whether a dense layer with tanh stands before the last one.
+        norm: eps of a LayerNorm before the last one (AST); None: no norm.
     """
 
     classes: int
     stream: str | None = None
     transform: bool = True
+    norm: float | None = None
     dtype: Any = "float32"
 
     @nn.compact
@@ -114,6 +119,8 @@ class Classifier(nn.Module):
         x = self._mean(streams, pooled) if self.stream is None else pooled[self.stream]
         if self.transform:
             x = jnp.tanh(nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
+        if self.norm is not None:
+            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
     def _mean(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
@@ -127,6 +134,8 @@ class TiedDecoder(nn.Module):
 
     Args:
         modality: whose ids.
+        tied: False: with a matrix of its own.
+        scale: factor of the states before the matrix (T5: 1 / sqrt(D)).
         transform: whether a dense layer stands before the matrix.
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind it (BERT); None: no norm.
@@ -139,6 +148,8 @@ class TiedDecoder(nn.Module):
     norm: float | None = None
     bias: bool = True
     dtype: Any = "float32"
+    tied: bool = True
+    scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -149,11 +160,16 @@ class TiedDecoder(nn.Module):
         if name is None:
             return None
         first = len(streams[name].special)
-        x = streams[name].values[:, first : first + ids.length]  # a fused stream may be longer than the text in it
+        last = first + ids.length if name == FUSED else None  # a fused stream may be longer than the text in it
+        x = streams[name].values[:, first:last]
         if self.transform:
             x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
             x = x if self.activation is None else ACTIVATIONS[self.activation](x)
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
-        logits = ids.decode(x)
+        x = x if self.scale == 1 else x * self.scale
+        if self.tied:
+            logits = ids.decode(x)
+        else:
+            logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
         return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits

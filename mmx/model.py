@@ -123,7 +123,8 @@ def build_model(
 
     Args:
         modalities: name -> embedder, such as `mmx.modalities.Patches(size=(32, 32), patch=(4, 4))`; the order is that of
-            the concatenation. An embedder without a width takes the model's.
+            the concatenation. An embedder without a width takes the model's. One embedder under two names shares its
+            weights, which go by the first of these names in the alphabet.
         topology: one of the six names, or a tuple of stages; a stage without a block takes the model's.
         width: size of a token, D.
         depth: layers on the way of a token, for a topology given by name.
@@ -153,8 +154,9 @@ def build_model(
             for name in (*(named if isinstance(named, (Mapping, tuple)) else ()), *(n for names in inner for n in names)):
                 if name not in (*modalities, FUSED):
                     raise InputError(f"{type(stage).__name__}.{field}: " + unknown("stream", name, (*modalities, FUSED)))
+    embedders = {id(m): _fill(m, width=width, dtype=dtype) for m in modalities.values()}
     return MultimodalTransformer(
-        modalities={name: _fill(m, width=width, dtype=dtype) for name, m in modalities.items()},
+        modalities={name: embedders[id(m)] for name, m in modalities.items()},
         stages=stages,
         heads={name: _fill(head, dtype=dtype) for name, head in (outputs or {}).items()},
         embed=None if embed == 0 else embed or width,

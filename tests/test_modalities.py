@@ -27,6 +27,7 @@ SMALL = {
     "frames": Spectrogram(9, 6),
     "gated": Spectrogram(9, 6, "gated"),
     "planes": Spectrogram(9, 6, "cnn"),
+    "halved": Spectrogram(9, 6, "strided"),
     "points": Points(6, special=("class",)),
     "nodes": Graph(6, channels=4),
     "codes": Graph(6, vocab=20, layers=1, tables={"kind": 2}),
@@ -165,6 +166,19 @@ def test_patches_of_any_rank_are_cut_in_order(rng):
     np.testing.assert_allclose(tokens, np.stack(expected, 1))
 
 
+def test_patches_may_overlap(rng):
+    """Against loops; what is left over at the end is cut off."""
+    sound = rng.standard_normal((2, 7, 9, 1)).astype("f")
+    module = Patches((7, 9), (4, 4), 1, stride=(2, 3), position="none", width=16)
+    params = {"patch": {"kernel": np.eye(16, dtype="f"), "bias": np.zeros(16, "f")}}
+    tokens = module.apply({"params": params}, sound)
+    expected = [sound[:, y : y + 4, x : x + 4].reshape(2, -1) for y in (0, 2) for x in (0, 3)]
+    np.testing.assert_array_equal(tokens.values, np.stack(expected, 1))
+    assert module.grid == (2, 2) and tokens.coordinates.shape == (4, 2)
+    with pytest.raises(InputError, match="does not fit size"):
+        _ = Patches((3, 9), (4, 4), 1, stride=(2, 3)).grid
+
+
 def test_special_tokens_stand_in_front(rng):
     module = Patches((8, 8), (4, 4), special=("class", "distillation"), width=8)
     image, mask = rng.integers(0, 255, (2, 8, 8, 3)).astype(np.uint8), np.asarray([True, False])
@@ -235,6 +249,29 @@ def test_graph_convolution_is_the_formula(rng):
     x = np.maximum(adjacency @ (x @ params["project_0"]["kernel"] + params["project_0"]["bias"]), 0)
     x = adjacency @ (x @ params["project_1"]["kernel"] + params["project_1"]["bias"])
     np.testing.assert_allclose(module.apply({"params": params}, raw).values[0], x, atol=1e-4)
+
+
+def test_halved_frames_are_two_convolutions(rng):
+    """Whisper's front end against loops: every second place of the second convolution."""
+    module, frames = Spectrogram(9, 6, "strided", width=4, position="none"), rng.standard_normal((2, 9, 6)).astype("f")
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), frames)["params"])
+
+    def conv(x, p, step):
+        x = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+        at = range(0, x.shape[1] - 2, step)
+        return jax.nn.gelu(np.stack([np.einsum("bki,kio->bo", x[:, t : t + 3], p["kernel"]) + p["bias"] for t in at], 1), False)
+
+    expected = conv(conv(frames, params["conv_0"], 1), params["conv_1"], 2)
+    found = module.apply({"params": params}, frames).values
+    assert found.shape == (2, 5, 4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_embedding_of_ids_may_be_scaled_and_has_no_end_without_a_table(rng):
+    table, ids = {"token": {"embedding": rng.standard_normal((9, 8)).astype("f")}}, rng.integers(0, 9, (2, 6))
+    plain, scaled = (Ids(9, 4, width=8, position="none", scale=s).apply({"params": table}, ids).values for s in (1.0, 3.0))
+    np.testing.assert_array_equal(plain, table["token"]["embedding"][ids])
+    np.testing.assert_allclose(scaled, 3 * plain, rtol=1e-6)
 
 
 def test_points_and_nodes_have_no_order(rng):

@@ -6,9 +6,10 @@ import pytest
 
 import mmx
 from mmx.errors import InputError
-from mmx.heads import Classifier, TiedDecoder
+from mmx.heads import Classifier, Pooler, TiedDecoder
 from mmx.modalities import Ids, Patches
 from mmx.topologies import TOPOLOGIES, cross_attention, early_concatenation
+from mmx.types import Tokens
 
 
 def modalities():
@@ -136,3 +137,45 @@ def test_wrong_models_are_refused():
     with pytest.raises(InputError, match="unknown modality 'speech'"):
         model = build()
         model.apply(init(model), {"text": np.zeros((1, 6), int)}, ("speech",))
+
+
+def test_special_tokens_are_pooled_and_normalised_before_the_classes(rng):
+    """The mean of the learned tokens in front; a LayerNorm before the last dense layer (AST)."""
+    values = rng.standard_normal((2, 5, 8)).astype("f")
+    tokens = Tokens(values, special=("class", "distillation"))
+    np.testing.assert_allclose(Pooler("special").apply({}, tokens, None), values[:, :2].mean(1), atol=1e-6)
+    head, x = Classifier(3, "audio", transform=False, norm=1e-5), values[:, 0]
+    params = {
+        "norm": {"scale": rng.standard_normal(8), "bias": rng.standard_normal(8)},
+        "classifier": {"kernel": rng.standard_normal((8, 3)), "bias": rng.standard_normal(3)},
+    }
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["norm"]["scale"]
+    expected = (normed + params["norm"]["bias"]) @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    found = head.apply({"params": jax.tree.map(np.float32, params)}, {"audio": tokens}, {"audio": x}, {})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_decoders_of_ids_may_be_scaled_or_have_a_matrix_of_their_own(rng):
+    """T5's: the states are scaled; Flan-T5's: another matrix than the embedding."""
+    ids = rng.integers(0, 9, (2, 4))
+    heads = {
+        "tied": TiedDecoder("text", transform=False, bias=False),
+        "scaled": TiedDecoder("text", transform=False, bias=False, scale=0.25),
+        "own": TiedDecoder("text", transform=False, bias=False, tied=False),
+    }
+    model = mmx.build_model({"text": Ids(9, 4)}, "early_concatenation", width=8, depth=1, heads=2, outputs=heads, embed=0)
+    params = init(model)["params"]
+    out = model.apply({"params": params}, {"text": ids})
+    np.testing.assert_allclose(out.logits["scaled"], out.logits["tied"] / 4, atol=1e-6)
+    own = out.streams["text"].values @ params["heads_own"]["decoder"]["kernel"]
+    np.testing.assert_allclose(out.logits["own"], own, atol=1e-5)
+
+
+def test_one_embedder_under_two_names_shares_its_weights(rng):
+    ids = rng.integers(0, 9, (2, 4))
+    words = Ids(9, 4)
+    model = mmx.build_model({"text": words, "target": words}, (), width=8, heads=2, embed=0)
+    variables = init(model)
+    assert {name for name in variables["params"] if name.startswith("modalities")} == {"modalities_target"}
+    out = model.apply(variables, {"text": ids, "target": ids})
+    np.testing.assert_array_equal(out.streams["text"].values, out.streams["target"].values)

@@ -19,6 +19,8 @@ def test_sincos_is_the_formula():
     for place in range(7):
         angles = [place / 10_000 ** (i / 3) for i in range(3)]
         np.testing.assert_allclose(table[place], np.concatenate([np.sin(angles), np.cos(angles)]), atol=1e-6)
+    far = 4000 / 10_000 ** (np.arange(3) / 3)
+    np.testing.assert_allclose(P.sincos(np.asarray([[4000]]), 6)[0], [*np.sin(far), *np.cos(far)], atol=1e-7)
 
 
 @pytest.mark.parametrize("grid", [(5,), (3, 4), (2, 3, 4)])
@@ -103,6 +105,13 @@ def test_distance_buckets():
     distance = np.asarray([0, 1, 7, 8, 12, 16, 127, 128, 1000, -1, -7, -8, -20, -128])
     expected = [0, 17, 23, 24, 25, 26, 31, 31, 31, 1, 7, 8, 10, 15]
     np.testing.assert_array_equal(P.distance_buckets(distance, 32), expected)
+
+
+def test_distance_buckets_of_the_past():
+    """T5's decoder: all buckets for what is behind; one bucket for all that is still to come."""
+    behind = [0, 0, 1, 2, 3, 4, 4, 5, 7, 7, 7, 7]  # 4 + 4 log(8 / 4) / log(10 / 4) is 7.03
+    distance = -np.asarray([-5, 0, 1, 2, 3, 4, 5, 6, 8, 10, 11, 500])
+    np.testing.assert_array_equal(P.distance_buckets(distance, 8, 10, past=True), behind)
 
 
 def test_box_geometry():

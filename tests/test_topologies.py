@@ -536,6 +536,15 @@ def test_attention_projections_for_each_modality(rng):
     assert np.abs(after["image"].values - before["image"].values).max() > 1e-3
 
 
+def test_relative_positions_of_the_past(rng):
+    """T5's decoder: a number for each distance behind, and that of no distance for what is to come."""
+    bias, table = RelativeBias(8, 2, furthest=10, past=True), rng.standard_normal((8, 2)).astype("f")
+    found = bias.apply({"params": {"bias": table}}, (Line(4),))
+    for i in range(4):
+        for j in range(4):
+            np.testing.assert_array_equal(found[:, i, j], table[max(i - j, 0)])
+
+
 def test_relative_positions_on_a_grid(rng):
     """BEiT's table: by rows and columns between two patches, and three numbers for the class token."""
     grid = (2, 3)
@@ -647,7 +656,7 @@ def test_wrong_topologies_are_refused():
     own = mmx.build_model(modalities, (PerStream(1, BLOCK),), width=8, heads=2, dtype="bfloat16")
     out = jax.eval_shape(lambda: own.init_with_output(jax.random.key(0), mmx.example_batch(own))[0])
     assert out.streams["text"].values.dtype == jnp.bfloat16
-    for wrong in ({"relative": 512}, {"relative": 6}, {"rotary": -1.0}):
+    for wrong in ({"relative": 512}, {"relative": 3}, {"rotary": -1.0}):
         with pytest.raises(InputError, match="block: r"):
             dataclasses.replace(BLOCK, **wrong)
     with pytest.raises(InputError, match="no block"):

@@ -58,6 +58,10 @@ class BlockConfig:
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
     relative: int | tuple[int, int] | None = None
     """Relative positions, one table for a stack: the number of T5's buckets, or the grid (rows, columns) of BEiT; None: none."""
+    relative_furthest: int = 128
+    """The distance from which on the last of T5's buckets holds all."""
+    relative_past: bool = False
+    """Whether T5's buckets are all for the past (its decoder), and not half of them for each direction."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None
@@ -83,8 +87,12 @@ class BlockConfig:
             raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
         if self.head_size is None and self.width % self.heads:
             raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
-        if isinstance(self.relative, int) and (not 4 <= self.relative < 512 or self.relative % 4):
-            raise InputError(f"block: relative={self.relative}; the number of buckets is a multiple of 4 below 512")
+        exact = self.relative // (2 if self.relative_past else 4) if isinstance(self.relative, int) else 1
+        if not 1 <= exact < self.relative_furthest:
+            raise InputError(
+                f"block: relative={self.relative}; {exact} of them hold one distance each, which has to be "
+                f"at least 1 and less than relative_furthest={self.relative_furthest}"
+            )
         if isinstance(self.relative, tuple) and (len(self.relative) != 2 or min(self.relative) < 1):
             raise InputError(f"block: relative={self.relative}; a grid is (rows, columns)")
         if self.rotary is not None and self.rotary <= 0:

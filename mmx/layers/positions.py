@@ -4,6 +4,7 @@ Coordinates are `(..., A)` with A axes: (place,) in a sequence, (row, column) in
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,17 @@ def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000
 
     Each axis has an equal, even share of the width: its sines, then its cosines. What cannot be shared out stays zero.
     """
-    coordinates = jnp.asarray(coordinates, jnp.float32)
+    known = isinstance(coordinates, np.ndarray)  # before the program runs: in float64, as published tables are made
+    n: Any = np if known else jnp
+    coordinates = coordinates.astype(np.float64) if known else jnp.asarray(coordinates, jnp.float32)
     axes = coordinates.shape[-1]
     count = width // (2 * axes)  # frequencies of an axis
     if count == 0:
         raise InputError(f"positions: width={width} is too small for sines and cosines of {axes} axes; it needs {2 * axes}")
     frequencies = base ** (-np.arange(count) / count)
     angles = coordinates[..., None] * frequencies  # (..., A, count)
-    out = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*coordinates.shape[:-1], -1)
+    out = n.concatenate([n.sin(angles), n.cos(angles)], -1).reshape(*coordinates.shape[:-1], -1)
+    out = jnp.asarray(out, jnp.float32)
     return jnp.pad(out, [(0, 0)] * (out.ndim - 1) + [(0, width - out.shape[-1])])
 
 
@@ -97,16 +101,18 @@ def rotate(x: jax.Array, coordinates: np.ndarray | jax.Array, base: float) -> ja
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def distance_buckets(distance: np.ndarray, buckets: int, furthest: int = 128) -> np.ndarray:
+def distance_buckets(distance: np.ndarray, buckets: int, furthest: int = 128, past: bool = False) -> np.ndarray:
     """T5's buckets of relative positions (arXiv 1910.10683, 2.1): int -> 0..buckets-1; half of them for each direction.
 
-    Half of a direction's buckets hold one distance each; the others grow up to `furthest`, and the last holds the rest.
+    Half of a direction's buckets hold one distance each; the others grow up to `furthest`, and the last holds the rest. With
+    `past` all of them are for what is behind (T5's decoder). In float32 like T5's own, whose edges hang on its rounding.
     """
-    half = buckets // 2
+    half = buckets if past else buckets // 2
     exact = half // 2
-    away = np.abs(distance)
-    growing = np.log(np.maximum(away, 1) / exact) / math.log(furthest / exact) * (half - exact)
-    return np.where(distance > 0, half, 0) + np.where(away < exact, away, np.minimum(exact + growing.astype(int), half - 1))
+    away = np.maximum(-distance, 0) if past else np.abs(distance)
+    growing = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(furthest / exact))
+    near = np.where(away < exact, away, np.minimum(exact + (growing * np.float32(half - exact)).astype(int), half - 1))
+    return near if past else np.where(distance > 0, half, 0) + near
 
 
 def box_geometry(boxes: jax.Array, numbers: int) -> jax.Array:

@@ -97,7 +97,7 @@ def relative_positions(config: BlockConfig, name: str = "relative") -> Callable[
     """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as one submodule."""
     if not config.relative:
         return lambda sight: sight
-    bias = RelativeBias(config.relative, config.heads, name=name)
+    bias = RelativeBias(config.relative, config.heads, config.relative_furthest, config.relative_past, name=name)
     return lambda sight: dataclasses.replace(sight, bias=bias(sight.lines))
 
 
@@ -111,6 +111,8 @@ class RelativeBias(nn.Module):
 
     relative: int | tuple[int, int]
     heads: int
+    furthest: int = 128
+    past: bool = False
 
     @nn.compact
     def __call__(self, lines: Sequence[Line]) -> jax.Array:
@@ -129,7 +131,8 @@ class RelativeBias(nn.Module):
 
     def _on_line(self, table: jax.Array, line: Line) -> jax.Array:
         place = np.arange(line.length)
-        return table[distance_buckets(place[None, :] - place[:, None], len(table))].transpose(2, 0, 1)
+        buckets = distance_buckets(place[None, :] - place[:, None], len(table), self.furthest, self.past)
+        return table[buckets].transpose(2, 0, 1)
 
     def _on_grid(self, table: jax.Array, grid: tuple[int, int], line: Line) -> jax.Array:
         if line.grid is None or len(line.grid) != 2:

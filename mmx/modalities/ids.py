@@ -17,11 +17,13 @@ class Ids(Embedder):
 
     Args:
         vocab: number of different ids, V.
-        length: the longest sequence, L; shorter ones are welcome.
+        length: the longest sequence, L; shorter ones are welcome, and longer ones where positions are not learned.
+        scale: factor of the embedding, such as the root of the width (arXiv 1706.03762, 3.4); not of `decode`.
     """
 
     vocab: int
     length: int
+    scale: float = 1.0
 
     reads = ("ids",)
 
@@ -35,9 +37,10 @@ class Ids(Embedder):
         ids = fields["ids"]
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise InputError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")
-        if ids.shape[1] > self.length:
+        if ids.shape[1] > self.length and self.position in (None, "learned"):
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
+        values = values if self.scale == 1 else values * self.scale
         return self.fuse(values, token_mask(mask, ids.shape), fields, (ids.shape[1],))
 
     def decode(self, x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers.positions import sample
@@ -25,6 +26,8 @@ class Patches(Embedder):
         size: (height, width) in pixels; (frames, height, width) of a video; (mel bins, frames) of a spectrogram;
             (depth, height, width) of a volume. A last axis of channels follows.
         patch: the same for a patch; divides `size`.
+        stride: from one patch to the next, where they overlap (AST, arXiv 2104.01778); what is left over at the end is cut
+            off. None: side by side.
         channels: C.
         mean: of an integer image divided by 255; integer images are normalised here, floating-point ones are taken as they are.
         std: likewise.
@@ -39,6 +42,7 @@ class Patches(Embedder):
     std: float = 0.5
     resize: bool = False
     bias: bool = True
+    stride: tuple[int, ...] | None = None
 
     reads = ("image",)
 
@@ -47,6 +51,8 @@ class Patches(Embedder):
         return self._grid_of(self.size)
 
     def _grid_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        if self.stride is not None:
+            return overlapping_grid(size, self.patch, self.stride)
         fits = (
             len(self.patch) == len(size)
             and min(self.patch) >= 1
@@ -65,7 +71,10 @@ class Patches(Embedder):
             raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
         x = normalise(image, self.mean, self.std, self.dtype)
         grid = self._grid_of(size)
-        x = x.reshape(-1, *[n for pair in zip(grid, self.patch, strict=True) for n in pair], self.channels)
+        if self.stride is None:
+            x = x.reshape(-1, *[n for pair in zip(grid, self.patch, strict=True) for n in pair], self.channels)
+        else:
+            x = overlapping(x, grid, self.patch, self.stride)
         axes = range(1, 2 * len(grid), 2)
         x = x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(image), math.prod(grid), -1)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
@@ -126,6 +135,20 @@ class PackedPatches(Embedder):
         patches = jnp.zeros((*shape, math.prod(self.patch) * self.channels), jnp.uint8)
         arrays = {"patches": patches, "place": jnp.zeros((*shape, 2), jnp.int32), "extent": jnp.ones((batch_size, 2), jnp.int32)}
         return Masked(self.with_tables(arrays, batch_size), jnp.ones(shape, bool))
+
+
+def overlapping_grid(size: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """How many patches fit along each axis of a size, one every `stride`."""
+    if not len(size) == len(patch) == len(stride) or min(*patch, *stride) < 1 or any(np.subtract(patch, size) > 0):
+        raise InputError(f"patches: patch={tuple(patch)} with stride={tuple(stride)} does not fit size={tuple(size)}")
+    return tuple((s - p) // step + 1 for s, p, step in zip(size, patch, stride, strict=True))
+
+
+def overlapping(x: jax.Array, grid: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> jax.Array:
+    """`(B, *size, C)` -> `(B, grid[0], patch[0], grid[1], patch[1], ..., C)`, one patch every `stride`."""
+    for axis, (count, length, step) in enumerate(zip(grid, patch, stride, strict=True)):
+        x = jnp.take(x, np.arange(count)[:, None] * step + np.arange(length), axis=1 + 2 * axis)
+    return x
 
 
 def normalise(image: jax.Array, mean: float, std: float, dtype: Any) -> jax.Array:

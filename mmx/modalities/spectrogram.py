@@ -25,12 +25,13 @@ class Spectrogram(Embedder):
         frames: the longest sound, T; shorter ones are welcome.
         bins: of a frame.
         kind: linear: a token for each frame; gated: the same, then two gated 1D convolutions; cnn: two 2D convolutions
-            over time and bins of stride 2 each, a token for four frames.
+            over time and bins of stride 2 each, a token for four frames; strided: two 1D convolutions with GELUs, the second
+            of stride 2, a token for two frames (Whisper, arXiv 2212.04356, 2.2).
     """
 
     frames: int
     bins: int
-    kind: Literal["linear", "gated", "cnn"] = "linear"
+    kind: Literal["linear", "gated", "cnn", "strided"] = "linear"
 
     reads = ("frames",)
 
@@ -43,7 +44,11 @@ class Spectrogram(Embedder):
         return (self._tokens(self.frames),)
 
     def _tokens(self, frames: int) -> int:
-        return -(-frames // 4) if self.kind == "cnn" else frames
+        return -(-frames // self._step)
+
+    @property
+    def _step(self) -> int:
+        return {"cnn": 4, "strided": 2}.get(self.kind, 1)
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
@@ -52,7 +57,7 @@ class Spectrogram(Embedder):
         if x.ndim != 3 or x.shape[2] != self.bins or x.shape[1] > self.frames:
             raise InputError(f"{self.name}: expected frames of shape (B, T <= {self.frames}, {self.bins}), got {x.shape}")
         length = self._tokens(x.shape[1])
-        here, mask = shorter_mask(mask, x.shape[:2], np.arange(length) * (4 if self.kind == "cnn" else 1))
+        here, mask = shorter_mask(mask, x.shape[:2], np.arange(length) * self._step)
         x = hide(jnp.asarray(x, self.dtype), here)
         if self.kind == "cnn":
             x = x[..., None]
@@ -62,7 +67,12 @@ class Spectrogram(Embedder):
                 x = jax.nn.relu(conv(x))  # (B, T / 2, bins / 2, C)
                 x = x if here is None else jnp.where(here[..., None, None], x, 0)
             x = x.reshape(*x.shape[:2], -1)
-        x = nn.Dense(width, dtype=self.dtype, name="linear")(x)
+        if self.kind == "strided":
+            for i in range(2):
+                conv = nn.Conv(width, (3,), (1 + i,), padding=((1, 1),), dtype=self.dtype, name=f"conv_{i}")
+                x = jax.nn.gelu(conv(hide(x, here)), approximate=False)
+        else:
+            x = nn.Dense(width, dtype=self.dtype, name="linear")(x)
         if self.kind == "gated":
             for i in range(2):
                 y = nn.Conv(2 * width, (5,), dtype=self.dtype, name=f"conv_{i}")(hide(x, mask))

@@ -23,7 +23,8 @@ class Run:
 
     def states(self, stage: str, stream: str) -> list[jax.Array]:
         """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`."""
-        layers = self.intermediates[stage][stream]["layers"]["states"]
+        left = self.intermediates[stage]
+        layers = left[stream]["layers"]["states"] if stream in left else left["layers"]["states"][stream]  # the latter: Cross
         return [self.intermediates["states"][stream], *layers]
 
 

@@ -42,6 +42,7 @@ class Layout:
         window: of a convolution whose weight is (out, in, *window).
         transposed: whether a dense weight is (out, in); False: (in, out), as GPT-2's Conv1D and bare matrices are.
         shape: of a tensor that has other dimensions than ours, such as (1, 1, D); None: ours.
+        row: which row of our leaf it is, where our rows are published as tensors of their own (special tokens).
         add: what is added to a published number to get ours (Gemma's norms hold scale - 1).
     """
 
@@ -49,6 +50,7 @@ class Layout:
     window: tuple[int, ...] = ()
     transposed: bool = True
     shape: tuple[int, ...] | None = None
+    row: int | None = None
     add: float = 0.0
 
 
@@ -70,6 +72,11 @@ def convolution(path: str, *window: int) -> Layout:
 def reshaped(path: str, *shape: int) -> Layout:
     """A tensor that is published with other dimensions."""
     return Layout((path,), shape=shape)
+
+
+def row(path: str, number: int, *shape: int) -> Layout:
+    """One row of our leaf that is published on its own, with other dimensions."""
+    return Layout((path,), shape=shape, row=number)
 
 
 Table = Mapping[str, str | Layout]
@@ -97,7 +104,7 @@ class Weight:
 
     name: str  # of the published tensor
     path: str  # of our leaf
-    layer: int | None  # of our leaf's leading axis
+    layer: int | None  # of our leaf's leading axis, be it a layer or a row
     form: tuple[int, ...]  # of our leaf, without layers
     layout: Layout
     matrix: tuple[int, int] | None  # (in, out) of a dense weight
@@ -172,11 +179,11 @@ def _weights(name: str, leaves: Sequence[str], layout: Layout, shapes: Mapping[s
     match = LAYER.search(name)
     parts = []
     for path in leaves:
-        form = shapes[path][1:] if match else shapes[path]
+        form = shapes[path][1:] if match or layout.row is not None else shapes[path]
         axes = logical_axes(path) if path.endswith("/kernel") else None
         count = len(axes.inputs) if axes else 0
         matrix = (math.prod(form[:count]), math.prod(form[count:])) if axes and name.endswith(".weight") else None
-        parts.append(Weight(name, path, None, form, layout, matrix))
+        parts.append(Weight(name, path, layout.row, form, layout, matrix))
     if len(parts) > 1:
         starts = np.cumsum([0] + [part.part_shape[part.axis] for part in parts])
         parts = [dataclasses.replace(p, start=int(s), whole=int(starts[-1])) for p, s in zip(parts, starts, strict=False)]
