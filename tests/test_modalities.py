@@ -214,6 +214,27 @@ def test_packed_patches_equal_patches_at_the_same_size(rng):
     np.testing.assert_allclose(a.values, b.values, atol=1e-5)
 
 
+def test_packed_patches_read_their_positions_behind_those_of_special_tokens(rng):
+    module = PackedPatches(4, (2, 2), (2, 2), width=8, special=("class",), special_position=True, corners=True)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), module.example(1)))
+    patches, place = rng.random((1, 4, 12)).astype("f"), np.asarray([[[0, 0], [0, 1], [1, 0], [1, 1]]])
+    tokens = module.apply(params, {"patches": patches, "place": place, "extent": np.asarray([[2, 2]])})
+    p = params["params"]
+    expected = np.concatenate([p["special"], patches[0] @ p["patch"]["kernel"] + p["patch"]["bias"]]) + p["position"]
+    np.testing.assert_allclose(tokens.values[0], expected, atol=1e-5)
+
+
+def test_the_type_stands_before_the_norm_or_behind_it(rng):
+    ids = np.asarray([[1, 3]])
+    for outside in (False, True):
+        module = Ids(5, 2, width=8, position="none", type=True, norm=1e-6, type_outside=outside)
+        params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), ids))
+        p = params["params"]
+        x = p["token"]["embedding"][ids] + (0 if outside else p["type_bias"])
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["norm"]["scale"] + p["norm"]["bias"]
+        np.testing.assert_allclose(module.apply(params, ids).values, x + (p["type_bias"] if outside else 0), atol=1e-5)
+
+
 def test_patch_grids():
     assert patch_grid((224, 224), (16, 16), 196) == (14, 14)
     assert patch_grid((1, 1), (16, 16), 9) == (3, 3)

@@ -15,6 +15,7 @@ import mmx
 from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.zoo import FAMILIES, NAMES, configuration
+from mmx.zoo.family import Chosen
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
 PUBLISHED = sorted(path for path in (Path(__file__).parent / "published").iterdir())
@@ -204,3 +205,15 @@ def test_another_resolution():
     pretrained = mmx.load_pretrained(VIT)
     fields = pretrained(pixel_values=np.ones((1, 3, 32, 48), "f"))
     assert fields["last_hidden_state"].shape == (1, 1 + 4 * 6, 32) and np.isfinite(fields["logits"]).all()
+
+
+def test_fields_whose_length_hangs_on_values():
+    array = np.arange(12).reshape(2, 3, 2)
+    kept = Chosen(jnp.asarray(array), jnp.asarray([True, False, True]), 1).take()
+    np.testing.assert_array_equal(kept, array[:, [0, 2]])
+    pretrained = mmx.load_pretrained(Path(__file__).parent / "published" / "ViltModel")
+    pixels, mask = np.ones((2, 3, 24, 32), "f"), np.zeros((2, 24, 32), int)
+    mask[0, :8, :24], mask[1, :16, :8] = 1, 1
+    fields = pretrained(input_ids=np.ones((2, 4), int), pixel_values=pixels, pixel_mask=mask)
+    assert fields["last_hidden_state"].shape == (2, 4 + 1 + 3, 32)  # as long as the largest image of the batch
+    assert fields["image_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -42,6 +42,7 @@ class Embedder(nn.Module, kw_only=True):
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
         special_position: whether the learned positions begin with one for each special token (ViT).
         type: whether a learned vector tells the modality (ViLT, FLAVA).
+        type_outside: whether that vector is added behind the norm (the text of ViLT), and not before it.
         norm: eps of a LayerNorm on the sum (BERT: 1e-12); None: no norm.
         dtype: type of the computation.
     """
@@ -53,6 +54,7 @@ class Embedder(nn.Module, kw_only=True):
     special: tuple[str, ...] = ()
     special_position: bool = False
     type: bool = False
+    type_outside: bool = False
     norm: float | None = None
     dtype: Any = "float32"
 
@@ -127,11 +129,14 @@ class Embedder(nn.Module, kw_only=True):
             coordinates = grid_coordinates(grid)
         if self.special:
             values, mask, coordinates = self._put_in_front(values, mask, coordinates)
-        if self.type:
-            values = values + self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype)
+        kind = self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype) if self.type else 0
+        if not self.type_outside:
+            values = values + kind
         if self.norm is not None:
             values = hide(values, mask)  # what a norm makes of a NaN has a gradient of NaN
             values = make_norm("layer", self.norm, self.dtype, "norm")(values)
+        if self.type_outside:
+            values = values + kind
         return Tokens(hide(values, mask), mask, coordinates, special=self.special)
 
     def _positions(self, grid: tuple[int, ...], place: Any) -> jax.Array | None:

@@ -65,9 +65,7 @@ class Patches(Embedder):
             raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
         x = normalise(image, self.mean, self.std, self.dtype)
         grid = self._grid_of(size)
-        x = x.reshape(-1, *[n for pair in zip(grid, self.patch, strict=True) for n in pair], self.channels)
-        axes = range(1, 2 * len(grid), 2)
-        x = x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(image), math.prod(grid), -1)  # (B, L, pixels)
+        x = cut(x, self.patch)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
         x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
         return self.fuse(x, mask, fields, grid)
@@ -90,6 +88,7 @@ class PackedPatches(Embedder):
         patch: (height, width) in pixels.
         grid_size: (rows, columns) of the learned positions, which every image reads at its own resolution.
         channels: C.
+        corners: whether the corner patches of every image read the corners of that table (ViLT), and not their edges.
     """
 
     length: int
@@ -98,6 +97,7 @@ class PackedPatches(Embedder):
     channels: int = 3
     mean: float = 0.5
     std: float = 0.5
+    corners: bool = False
 
     reads = ("patches", "place", "extent")
 
@@ -116,9 +116,11 @@ class PackedPatches(Embedder):
         mask = token_mask(mask, x.shape[:2])
         x = hide(normalise(x, self.mean, self.std, self.dtype), mask)
         x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
-        table = self.param("position", INITIAL, (math.prod(self.grid_size), self.width))
+        front = len(self.special) if self.special_position else 0
+        table = self.param("position", INITIAL, (front + math.prod(self.grid_size), self.width))
         place = fields["place"].astype(jnp.float32)
-        return self.fuse(x, mask, fields, (x.shape[1],), sample(table, self.grid_size, place, fields["extent"]), place)
+        positions = sample(table[front:], self.grid_size, place, fields["extent"], self.corners)
+        return self.fuse(x, mask, fields, (x.shape[1],), positions, place)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
@@ -126,6 +128,14 @@ class PackedPatches(Embedder):
         patches = jnp.zeros((*shape, math.prod(self.patch) * self.channels), jnp.uint8)
         arrays = {"patches": patches, "place": jnp.zeros((*shape, 2), jnp.int32), "extent": jnp.ones((batch_size, 2), jnp.int32)}
         return Masked(self.with_tables(arrays, batch_size), jnp.ones(shape, bool))
+
+
+def cut(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
+    """Images `(B, *size, C)` -> their patches, row by row: `(B, L, pixels)`."""
+    grid = [size // side for size, side in zip(images.shape[1:-1], patch, strict=True)]
+    x = images.reshape(len(images), *[n for pair in zip(grid, patch, strict=True) for n in pair], images.shape[-1])
+    axes = range(1, 2 * len(grid), 2)
+    return x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(images), math.prod(grid), -1)
 
 
 def normalise(image: jax.Array, mean: float, std: float, dtype: Any) -> jax.Array:

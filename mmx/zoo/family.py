@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,30 @@ class Run:
     out: Outputs
     intermediates: Mapping[str, Any]
 
-    def states(self, stage: str, stream: str) -> list[jax.Array]:
-        """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`."""
-        layers = self.intermediates[stage][stream]["layers"]["states"]
-        return [self.intermediates["states"][stream], *layers]
+    def states(self, stage: str, *streams: str) -> list[jax.Array]:
+        """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`.
+
+        Of all streams behind each other where the stage is a `Joint`.
+        """
+        left = self.intermediates[stage]
+        layers = left["stack" if "stack" in left else streams[0]]["layers"]["states"]
+        return [jnp.concatenate([self.intermediates["states"][name] for name in streams], 1), *layers]
+
+
+@flax.struct.dataclass
+class Chosen:
+    """A field whose length hangs on the values of the inputs: what `keep (n,)` says of `array`, along `axis`.
+
+    A program has no such shapes, so that the choice is made behind it.
+    """
+
+    array: jax.Array
+    keep: jax.Array
+    axis: int = flax.struct.field(pytree_node=False, default=0)
+
+    def take(self) -> np.ndarray:
+        """Those that are kept."""
+        return np.compress(np.asarray(self.keep), np.asarray(self.array), self.axis)
 
 
 Runner = Callable[..., Run]

@@ -19,7 +19,7 @@ from mmx.parallel import shardings
 from mmx.types import Batch, Params
 from mmx.zoo import weights as weight_files
 from mmx.zoo.config import parse, to_published
-from mmx.zoo.family import Family, Run, as_batch
+from mmx.zoo.family import Chosen, Family, Run, as_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Pretrained:
             InputError: an input this family does not have.
         """
         given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-        return _forward(self.family, self.model, self.config, output_hidden_states, self.params, as_batch(given))
+        fields = _forward(self.family, self.model, self.config, output_hidden_states, self.params, as_batch(given))
+        return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
         """Writes the likeliest next id, `max_new_tokens` times.
@@ -124,6 +125,10 @@ def _present(fields: Mapping[str, Any], states: bool) -> dict[str, Any]:
     """The fields that have a value, hidden states only if they were asked for."""
     inner = {n: _present(v, states) if isinstance(v, Mapping) else v for n, v in fields.items()}
     return {n: v for n, v in inner.items() if v is not None and (states or not n.endswith("hidden_states"))}
+
+
+def _chosen(x: Any) -> bool:
+    return isinstance(x, Chosen)
 
 
 class _Inputs(Mapping[str, Any]):
@@ -214,6 +219,8 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     folder.mkdir(parents=True, exist_ok=True)
     family = pretrained.family
     weights, _ = _weights(family, pretrained.config, pretrained.model)
+    if not pretrained.heads:  # the bare model, whose names have no prefix
+        weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
     weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
     fields = {**pretrained.extra, **to_published(pretrained.config), "model_type": family.name}
     with writing(folder / "config.json") as path:
