@@ -40,6 +40,7 @@ CLASSES = {
         },
         call={"return_loss": True},
     ),
+    "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
 }
 
 
