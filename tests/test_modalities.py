@@ -224,6 +224,19 @@ def test_packed_patches_read_their_positions_behind_those_of_special_tokens(rng)
     np.testing.assert_allclose(tokens.values[0], expected, atol=1e-5)
 
 
+def test_several_rows_of_one_table_are_added_up(rng):
+    module = Ids(5, 2, width=8, tables={"x": 7})
+    raw = {"ids": np.asarray([[1, 3]]), "x": np.asarray([[[0, 6], [2, 2]]])}
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), raw))
+    p, (a, b) = params["params"], np.moveaxis(raw["x"], -1, 0)
+    expected = p["token"]["embedding"][raw["ids"]] + p["position"] + p["x"]["embedding"][a] + p["x"]["embedding"][b]
+    np.testing.assert_allclose(module.apply(params, raw).values, expected, atol=1e-5)
+    with pytest.raises(InputError, match="x has to hold integers of shape"):
+        module.apply(params, {**raw, "x": raw["x"][:, :1]})
+    longer = {"ids": np.asarray([[1, 3, 4]]), "x": np.zeros((1, 3), int), "place": np.asarray([[0, 1, 1]])}
+    assert module.apply(params, longer).values.shape == (1, 3, 8)
+
+
 def test_the_type_stands_before_the_norm_or_behind_it(rng):
     ids = np.asarray([[1, 3]])
     for outside in (False, True):

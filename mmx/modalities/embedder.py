@@ -36,7 +36,7 @@ class Embedder(nn.Module, kw_only=True):
         position: learned; sincos (1D, 2D or 3D by the grid); fourier (Perceiver, one linear map behind); none. None: what
             is usual for the kind. Rotary and relative positions belong to attention: `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
-            an integer array `(B, L)`.
+            an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM).
         vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,
             mapped linearly.
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
@@ -119,8 +119,10 @@ class Embedder(nn.Module, kw_only=True):
         if positions is not None:
             values = values + positions.astype(self.dtype)
         for name, size in self.tables.items():
-            self._check(name, fields[name], values.shape[:2], integer=True)
-            values = values + nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(fields[name])
+            ids = fields[name][..., None] if fields[name].ndim == 2 else fields[name]
+            self._check(name, ids, (*values.shape[:2], ids.shape[-1]), integer=True)
+            table = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)
+            values = values + table(ids).sum(-2)
         for name, size in self.vectors.items():
             self._check(name, fields[name], (*values.shape[:2], size), integer=False)
             here = hide(jnp.asarray(fields[name], self.dtype), mask)
