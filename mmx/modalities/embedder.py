@@ -119,10 +119,10 @@ class Embedder(nn.Module, kw_only=True):
         if positions is not None:
             values = values + positions.astype(self.dtype)
         for name, size in self.tables.items():
-            ids = fields[name][..., None] if fields[name].ndim == 2 else fields[name]
-            self._check(name, ids, (*values.shape[:2], ids.shape[-1]), integer=True)
-            table = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)
-            values = values + table(ids).sum(-2)
+            ids = fields[name]
+            self._check(name, ids, (*values.shape[:2], *ids.shape[2:3]), integer=True)
+            rows = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(ids)
+            values = values + (rows if ids.ndim == 2 else rows.sum(-2))
         for name, size in self.vectors.items():
             self._check(name, fields[name], (*values.shape[:2], size), integer=False)
             here = hide(jnp.asarray(fields[name], self.dtype), mask)
