@@ -237,6 +237,24 @@ def test_several_rows_of_one_table_are_added_up(rng):
     assert module.apply(params, longer).values.shape == (1, 3, 8)
 
 
+def test_rows_of_several_tables_side_by_side(rng):
+    module = Ids(5, 2, width=8, position="none", joined={"box": (("x", 7, 3), ("y", 7, 2), ("x", 7, 3))})
+    raw = {"ids": np.asarray([[1, 3]]), "box": np.asarray([[[0, 6, 4], [2, 2, 1]]])}
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), raw))
+    p, box = params["params"], raw["box"]
+    sides = [p[table]["embedding"][box[..., i]] for i, table in enumerate("xyx")]
+    expected = p["token"]["embedding"][raw["ids"]] + np.concatenate(sides, -1)
+    np.testing.assert_allclose(module.apply(params, raw).values, expected, atol=1e-5)
+    assert module.example(2).array["box"].shape == (2, 2, 3)
+
+
+def test_a_raw_value_may_say_where_its_tokens_stand():
+    module, where = Patches((4, 4), (2, 2), width=8, special=("class",)), np.arange(10).reshape(1, 5, 2)
+    for given, expected in ((where, where), (where[:, 1:], np.pad(where[:, 1:], ((0, 0), (1, 0), (0, 0))))):
+        tokens, _ = module.init_with_output(jax.random.key(0), {"image": np.zeros((1, 4, 4, 3), "f"), "coordinates": given})
+        np.testing.assert_array_equal(tokens.coordinates, expected)
+
+
 def test_the_type_stands_before_the_norm_or_behind_it(rng):
     ids = np.asarray([[1, 3]])
     for outside in (False, True):

@@ -58,6 +58,9 @@ class BlockConfig:
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
     relative: int | tuple[int, int] | None = None
     """Relative positions, one table for a stack: the number of T5's buckets, or the grid (rows, columns) of BEiT; None: none."""
+    relative_axes: tuple[tuple[int, int], ...] = ()
+    """Relative positions by what tokens' coordinates differ in: for each axis (buckets, the furthest distance that is told from
+    others), one table each for a stack; their sum is scaled as scores are (LayoutLMv3: place, x, y)."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None

@@ -18,7 +18,8 @@ from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "fourier", "none")
 PLACE = "place"
-RESERVED = ("token", "position", PLACE, "special", "norm", "patch", "linear", "pen")  # names of parameters
+COORDINATES = "coordinates"
+RESERVED = ("token", "position", PLACE, COORDINATES, "special", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -29,7 +30,8 @@ class Embedder(nn.Module, kw_only=True):
 
     The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
     `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold `place (B, L)`: which of the
-    learned positions each token has; without it, its own place in the row.
+    learned positions each token has; without it, its own place in the row. And `coordinates (B, L, A)`, for those special
+    tokens in front too: where tokens stand, for rotary positions and for relative ones by coordinates.
 
     Args:
         width: size of a token, D; None: the model's.
@@ -37,6 +39,8 @@ class Embedder(nn.Module, kw_only=True):
             is usual for the kind. Rotary and relative positions belong to attention: `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
             an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM).
+        joined: further ids by token whose embeddings lie side by side to make a token's width, each by the table it reads:
+            `{name: ((table, how many, size), ...)}`, an integer array `(B, L, n)` (the sides of a box: LayoutLMv3).
         vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,
             mapped linearly.
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
@@ -50,6 +54,7 @@ class Embedder(nn.Module, kw_only=True):
     width: int | None = None
     position: str | None = None
     tables: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    joined: Mapping[str, tuple[tuple[str, int, int], ...]] = dataclasses.field(default_factory=dict)
     vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     special: tuple[str, ...] = ()
     special_position: bool = False
@@ -74,12 +79,12 @@ class Embedder(nn.Module, kw_only=True):
     def read(self, raw: Any) -> tuple[Mapping[str, Any], Any]:
         """Splits a raw value into a dict that holds what this embedder reads and nothing else, and its mask."""
         raw, mask = unmask(raw)
-        if taken := {*self.tables, *self.vectors} & {*self.reads, *RESERVED}:
+        if taken := {*self.tables, *self.joined, *self.vectors} & {*self.reads, *RESERVED}:
             raise InputError(f"{self.name}: {', '.join(sorted(taken))} cannot be the name of a table or vector; choose another")
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
-        wanted = (*self.reads, *self.tables, *self.vectors)
+        wanted = (*self.reads, *self.tables, *self.joined, *self.vectors)
         for name in given:
-            if name not in (*wanted, PLACE):
+            if name not in (*wanted, PLACE, COORDINATES):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
@@ -87,10 +92,11 @@ class Embedder(nn.Module, kw_only=True):
 
     def with_tables(self, raw: Any, batch_size: int) -> Any:
         """A raw value for `example`, with zeros for the tables and vectors."""
-        if not self.tables and not self.vectors:
+        if not self.tables and not self.joined and not self.vectors:
             return raw
         shape = (batch_size, int(np.prod(self.grid)))
         tables = {name: jnp.zeros(shape, jnp.int32) for name in self.tables}
+        tables |= {name: jnp.zeros((*shape, len(parts)), jnp.int32) for name, parts in self.joined.items()}
         vectors = {name: jnp.zeros((*shape, size), jnp.float32) for name, size in self.vectors.items()}
         return {**(raw if isinstance(raw, Mapping) else {self.reads[0]: raw}), **tables, **vectors}
 
@@ -123,10 +129,16 @@ class Embedder(nn.Module, kw_only=True):
             self._check(name, ids, (*values.shape[:2], *ids.shape[2:3]), integer=True)
             rows = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(ids)
             values = values + (rows if ids.ndim == 2 else rows.sum(-2))
+        for name, parts in self.joined.items():
+            self._check(name, fields[name], (*values.shape[:2], len(parts)), integer=True)
+            shapes = {table: (count, size) for table, count, size in parts}
+            embeds = {t: nn.Embed(*n, dtype=self.dtype, embedding_init=INITIAL, name=t) for t, n in shapes.items()}
+            values = values + jnp.concatenate([embeds[t](fields[name][..., i]) for i, (t, _, _) in enumerate(parts)], -1)
         for name, size in self.vectors.items():
             self._check(name, fields[name], (*values.shape[:2], size), integer=False)
             here = hide(jnp.asarray(fields[name], self.dtype), mask)
             values = values + nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
+        coordinates = fields.get(COORDINATES, coordinates)
         if coordinates is None and len(grid) > 1:
             coordinates = grid_coordinates(grid)
         if self.special:
@@ -171,7 +183,7 @@ class Embedder(nn.Module, kw_only=True):
         values = jnp.concatenate([jnp.broadcast_to(special, (len(values), *special.shape)), values], 1)
         if mask is not None:
             mask = jnp.concatenate([jnp.repeat(mask.any(-1, keepdims=True), count, 1), mask], 1)
-        if coordinates is not None:
+        if coordinates is not None and coordinates.shape[-2] < values.shape[1]:
             pad = np.pad if isinstance(coordinates, np.ndarray) else jnp.pad
             coordinates = pad(coordinates, [(0, 0)] * (coordinates.ndim - 2) + [(count, 0), (0, 0)])
         return values, mask, coordinates

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.model import MultimodalTransformer
+from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.weights import Table
 
@@ -29,6 +30,10 @@ class Run:
         left = self.intermediates[stage]
         layers = left["stack" if "stack" in left else streams[0]]["layers"]["states"]
         return [jnp.concatenate([self.intermediates["states"][name] for name in streams], 1), *layers]
+
+    def gathered(self, gather: str, stage: str) -> list[jax.Array]:
+        """The states of the stream that the stage `gather` made, before the first layer of the stage behind it and after each."""
+        return [self.intermediates[gather]["states"][FUSED], *self.intermediates[stage][FUSED]["layers"]["states"]]
 
 
 @flax.struct.dataclass
