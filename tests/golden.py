@@ -57,6 +57,12 @@ CLASSES = {
         },
         call={"return_loss": True},
     ),
+    "LayoutLMv3Model": Class(
+        calls={
+            "textonly_": without("pixel_values"),
+            "imageonly_": lambda inputs: {"pixel_values": inputs["pixel_values"]},
+        }
+    ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
 }
 
