@@ -129,6 +129,39 @@ class Classifier(nn.Module):
         return (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
 
 
+class TokenClassifier(nn.Module):
+    """A class for every token of a stream: `(B, L, classes)` float32.
+
+    Args:
+        classes: how many.
+        stream: whose tokens.
+        transform: whether a dense layer stands before the last one.
+        activation: behind that dense layer; None: none.
+        norm: eps of a LayerNorm behind it; None: no norm.
+    """
+
+    classes: int
+    stream: str
+    transform: bool = True
+    activation: str | None = None
+    norm: float | None = None
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
+    ) -> jax.Array | None:
+        if self.stream not in streams:
+            return None
+        x = streams[self.stream].values
+        if self.transform:
+            x = nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x)
+            x = x if self.activation is None else ACTIVATIONS[self.activation](x)
+        if self.norm is not None:
+            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
+        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+
+
 class TiedDecoder(nn.Module):
     """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
 

@@ -60,6 +60,13 @@ CLASSES = {
     ),
     "MarianMTModel": Class(source=("input_ids", "attention_mask")),
     "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
+    "LayoutLMv3Model": Class(
+        calls={
+            "textonly_": without("pixel_values"),
+            "imageonly_": lambda inputs: {"pixel_values": inputs["pixel_values"]},
+        }
+    ),
+    "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
 }
 
 

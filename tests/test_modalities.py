@@ -189,6 +189,28 @@ def test_special_tokens_stand_in_front(rng):
     assert tokens.coordinates.shape == (6, 2)
 
 
+def test_what_is_hidden_and_what_is_kept(rng):
+    """A mask token takes the place of an embedding before its position is added; kept tokens stand where they stood."""
+    module = Patches((8, 12), (4, 4), special=("class",), mask_token=True, width=8)
+    image, hidden = rng.standard_normal((2, 8, 12, 3)).astype("f"), rng.integers(0, 2, (2, 6))
+    params = module.init(jax.random.key(0), image)["params"]
+    params = {**params, "mask_token": rng.standard_normal(8).astype("f")}
+    whole = module.apply({"params": params}, image)
+    some = module.apply({"params": params}, {"image": image, "hidden": hidden})
+    expected = np.where(hidden[..., None], params["mask_token"] + params["position"], whole.values[:, 1:])
+    np.testing.assert_allclose(some.values[:, 1:], expected, atol=1e-6)
+    kept = np.asarray([[4, 0, 1], [5, 2, 3]])
+    few = module.apply({"params": params}, Masked({"image": image, "kept": kept}, np.asarray([True, False])))
+    np.testing.assert_array_equal(few.values[0], np.asarray(whole.values)[0, [0, 5, 1, 2]])
+    assert not few.values[1].any() and few.mask.tolist() == [[True] * 4, [False] * 4]
+    np.testing.assert_array_equal(few.coordinates[:, 1:], np.stack(np.divmod(kept, 3), -1))
+    row = Ids(9, 5, width=8)
+    tokens, _ = row.init_with_output(jax.random.key(0), {"ids": np.ones((2, 5), int), "kept": kept[:, ::-1] % 5})
+    np.testing.assert_array_equal(tokens.coordinates[..., 0], kept[:, ::-1] % 5)
+    with pytest.raises(InputError, match="set mask_token=True"):
+        row.init(jax.random.key(0), {"ids": np.ones((2, 5), int), "hidden": np.ones((2, 5))})
+
+
 def test_positions_follow_another_resolution(rng):
     small, large = (rng.integers(0, 255, (1, n, n, 3)).astype(np.uint8) for n in (8, 16))
     module = Patches((8, 8), (4, 4), resize=True, width=8)
@@ -226,6 +248,58 @@ def test_packed_patches_equal_patches_at_the_same_size(rng):
     a = fixed.apply({"params": params}, image[None])
     b = packed.apply({"params": params}, jax.tree.map(lambda x: x[None], Masked(arrays, mask)))
     np.testing.assert_allclose(a.values, b.values, atol=1e-5)
+
+
+def test_packed_patches_read_their_positions_behind_those_of_special_tokens(rng):
+    module = PackedPatches(4, (2, 2), (2, 2), width=8, special=("class",), special_position=True, corners=True)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), module.example(1)))
+    patches, place = rng.random((1, 4, 12)).astype("f"), np.asarray([[[0, 0], [0, 1], [1, 0], [1, 1]]])
+    tokens = module.apply(params, {"patches": patches, "place": place, "extent": np.asarray([[2, 2]])})
+    p = params["params"]
+    expected = np.concatenate([p["special"], patches[0] @ p["patch"]["kernel"] + p["patch"]["bias"]]) + p["position"]
+    np.testing.assert_allclose(tokens.values[0], expected, atol=1e-5)
+
+
+def test_several_rows_of_one_table_are_added_up(rng):
+    module = Ids(5, 2, width=8, tables={"x": 7})
+    raw = {"ids": np.asarray([[1, 3]]), "x": np.asarray([[[0, 6], [2, 2]]])}
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), raw))
+    p, (a, b) = params["params"], np.moveaxis(raw["x"], -1, 0)
+    expected = p["token"]["embedding"][raw["ids"]] + p["position"] + p["x"]["embedding"][a] + p["x"]["embedding"][b]
+    np.testing.assert_allclose(module.apply(params, raw).values, expected, atol=1e-5)
+    with pytest.raises(InputError, match="x has to hold integers of shape"):
+        module.apply(params, {**raw, "x": raw["x"][:, :1]})
+    longer = {"ids": np.asarray([[1, 3, 4]]), "x": np.zeros((1, 3), int), "place": np.asarray([[0, 1, 1]])}
+    assert module.apply(params, longer).values.shape == (1, 3, 8)
+
+
+def test_rows_of_several_tables_side_by_side(rng):
+    module = Ids(5, 2, width=8, position="none", joined={"box": (("x", 7, 3), ("y", 7, 2), ("x", 7, 3))})
+    raw = {"ids": np.asarray([[1, 3]]), "box": np.asarray([[[0, 6, 4], [2, 2, 1]]])}
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), raw))
+    p, box = params["params"], raw["box"]
+    sides = [p[table]["embedding"][box[..., i]] for i, table in enumerate("xyx")]
+    expected = p["token"]["embedding"][raw["ids"]] + np.concatenate(sides, -1)
+    np.testing.assert_allclose(module.apply(params, raw).values, expected, atol=1e-5)
+    assert module.example(2).array["box"].shape == (2, 2, 3)
+
+
+def test_a_raw_value_may_say_where_its_tokens_stand():
+    module, where = Patches((4, 4), (2, 2), width=8, special=("class",)), np.arange(10).reshape(1, 5, 2)
+    for given, expected in ((where, where), (where[:, 1:], np.pad(where[:, 1:], ((0, 0), (1, 0), (0, 0))))):
+        tokens, _ = module.init_with_output(jax.random.key(0), {"image": np.zeros((1, 4, 4, 3), "f"), "coordinates": given})
+        np.testing.assert_array_equal(tokens.coordinates, expected)
+
+
+def test_the_type_stands_before_the_norm_or_behind_it(rng):
+    ids = np.asarray([[1, 3]])
+    for outside in (False, True):
+        module = Ids(5, 2, width=8, position="none", type=True, norm=1e-6, type_outside=outside)
+        params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), ids))
+        p = params["params"]
+        x = p["token"]["embedding"][ids] + (0 if outside else p["type_bias"])
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["norm"]["scale"] + p["norm"]["bias"]
+        np.testing.assert_allclose(module.apply(params, ids).values, x + (p["type_bias"] if outside else 0), atol=1e-5)
 
 
 def test_patch_grids():

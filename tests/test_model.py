@@ -1,12 +1,13 @@
 """Models: any subset of modalities, any topology, clear errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mmx
 from mmx.errors import InputError
-from mmx.heads import Classifier, Pooler, TiedDecoder
+from mmx.heads import Classifier, Pooler, TiedDecoder, TokenClassifier
 from mmx.modalities import Ids, Patches
 from mmx.topologies import TOPOLOGIES, cross_attention, early_concatenation
 from mmx.types import Tokens
@@ -179,3 +180,15 @@ def test_one_embedder_under_two_names_shares_its_weights(rng):
     assert {name for name in variables["params"] if name.startswith("modalities")} == {"modalities_target"}
     out = model.apply(variables, {"text": ids, "target": ids})
     np.testing.assert_array_equal(out.streams["text"].values, out.streams["target"].values)
+
+
+def test_a_classifier_of_tokens_is_its_formula(rng):
+    x = rng.standard_normal((2, 3, 4)).astype("f")
+    head, streams = TokenClassifier(5, "image", activation="relu", norm=1e-6), {"image": Tokens(jnp.asarray(x))}
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), head.init(jax.random.key(0), streams, {}, {}))
+    p = params["params"]
+    h = np.maximum(x @ p["transform"]["kernel"] + p["transform"]["bias"], 0)
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6) * p["norm"]["scale"] + p["norm"]["bias"]
+    expected = h @ p["classifier"]["kernel"] + p["classifier"]["bias"]
+    np.testing.assert_allclose(head.apply(params, streams, {}, {}), expected, atol=1e-4)
+    assert head.apply(params, {}, {}, {}) is None

@@ -68,6 +68,17 @@ def test_sampling_a_table_equals_linear_resampling(rng):
         np.testing.assert_allclose(found[0], expected.reshape(-1, 5), atol=1e-5)
 
 
+def test_sampling_by_corners_is_interpolation_along_both_axes(rng):
+    table = rng.standard_normal((12, 5)).astype("f")
+    for rows, columns in ((3, 4), (6, 8), (5, 1)):
+        found = P.sample(table, (3, 4), P.grid_coordinates((rows, columns))[None], np.asarray([[rows, columns]]), corners=True)
+        for feature in range(5):
+            expected = table[:, feature].reshape(3, 4)
+            expected = np.stack([np.interp(np.linspace(0, 2, rows), range(3), column) for column in expected.T], 1)
+            expected = np.stack([np.interp(np.linspace(0, 3, columns), range(4), row) for row in expected])
+            np.testing.assert_allclose(found[0, :, feature].reshape(rows, columns), expected, atol=1e-5)
+
+
 def test_rotary_scores_depend_on_distance_only(rng):
     query, key = (rng.standard_normal((1, 1, 2, 8)).astype("f") for _ in range(2))
 

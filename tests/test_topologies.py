@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 import mmx
 from mmx.errors import InputError
 from mmx.layers import BlockConfig, Line
-from mmx.layers.stack import RelativeBias
+from mmx.layers.positions import distance_buckets
+from mmx.layers.stack import AxesBias, RelativeBias
 from mmx.topologies import (
     BEYOND,
     TOPOLOGIES,
     Bottleneck,
     Cross,
+    Gather,
     Joint,
     Latent,
     PerStream,
@@ -543,6 +545,55 @@ def test_relative_positions_of_the_past(rng):
     for i in range(4):
         for j in range(4):
             np.testing.assert_array_equal(found[:, i, j], table[max(i - j, 0)])
+
+
+def test_relative_positions_by_coordinates(rng):
+    module, where = AxesBias(((8, 16), (10, 64)), heads=2, scale=0.5), rng.integers(0, 90, (3, 5, 2)).astype("f")
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), where))
+    found, tables = np.asarray(module.apply(params, where)), params["params"]
+    assert found.shape == (3, 2, 5, 5)
+    for example, head, row, column in np.ndindex(found.shape):
+        expected = 0.0
+        for axis, (buckets, furthest) in enumerate(module.axes):
+            away = where[example, column, axis] - where[example, row, axis]
+            bucket = distance_buckets(away.astype(int), buckets, furthest)
+            expected += 0.5 * tables[f"bias_{axis}"][head, bucket]
+        np.testing.assert_allclose(found[example, head, row, column], expected, atol=1e-6)
+    np.testing.assert_allclose(module.apply(params, where[0]), found[0], atol=1e-6)
+    with pytest.raises(InputError, match="there are 2"):
+        module.apply(params, where[..., :1])
+    block = dataclasses.replace(BLOCK, relative_axes=((8, 16),))
+    tokens, stage = Tokens(rng.standard_normal((3, 5, 8)).astype("f"), coordinates=where[..., :1]), PerStream(1, block)
+    params = stage.init(jax.random.key(0), {"text": tokens})
+    assert params["params"]["text"]["relative_axes"]["bias_0"].shape == (2, 8)
+    a, b = (stage.apply(params, {"text": dataclasses.replace(tokens, coordinates=w)}) for w in (where[..., :1], where[..., 1:]))
+    assert np.abs(a["text"].values - b["text"].values).max() > 1e-6
+
+
+def test_gathering_is_the_formula(rng):
+    streams = make_streams(rng, (2, 3, 4))
+    streams["audio"] = dataclasses.replace(streams["audio"], causal=True)
+    whole = Gather(None, True, 6, True, 5, True, ("class",), 1e-6)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), whole.init(jax.random.key(0), streams))
+    out, p = whole.apply(params, streams), params["params"]
+    x = [
+        streams[n].values @ p[f"{n}_project"]["kernel"] + p[f"{n}_project"]["bias"] + p[f"{n}_type_bias"]
+        for n in ("image", "text")
+    ]
+    x = np.concatenate(x, 1) + p["position"]
+    x = np.concatenate([np.broadcast_to(p["special"], (3, 1, 6)), x], 1)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["norm"]["scale"] + p["norm"]["bias"]
+    np.testing.assert_allclose(out[FUSED].values, x, atol=1e-4)
+    masks = [streams[n].mask for n in ("image", "text")]
+    np.testing.assert_array_equal(out[FUSED].mask[:, 1:], np.concatenate(masks, 1))
+    np.testing.assert_array_equal(out[FUSED].mask[:, 0], np.concatenate(masks, 1).any(1))
+    assert list(out) == [FUSED, *streams] and out["text"] is streams["text"]
+    assert list(Gather(("text",)).apply({}, streams)) == [FUSED, "image", "audio"]  # a causal stream is left out
+    assert Gather().apply({}, {"audio": streams["audio"]}).keys() == {"audio"}
+    plain = Gather(norm=1e-6, norm_beside="image").apply({}, {"text": streams["text"]})
+    np.testing.assert_array_equal(plain[FUSED].values, streams["text"].values)
+    with pytest.raises(InputError, match="5 tokens, but positions=4"):
+        Gather(positions=4).init(jax.random.key(0), streams)
 
 
 def test_relative_positions_on_a_grid(rng):

@@ -17,6 +17,7 @@ from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, configuration
+from mmx.zoo.family import Chosen
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
 PUBLISHED = sorted(path for path in (Path(__file__).parent / "published").iterdir())
@@ -233,3 +234,15 @@ def test_parts_of_one_model_in_another(rng):
     assert "modalities_image/position is (13, 32), modalities_image/position is (17, 32)" in str(error.value)
     with pytest.raises(InputError, match="the model has nothing at stages_9"):
         mmx.zoo.transplant(params, vit.params, {"stages_0": "stages_9"})
+
+
+def test_fields_whose_length_hangs_on_values():
+    array = np.arange(12).reshape(2, 3, 2)
+    kept = Chosen(jnp.asarray(array), jnp.asarray([True, False, True]), 1).take()
+    np.testing.assert_array_equal(kept, array[:, [0, 2]])
+    pretrained = mmx.load_pretrained(Path(__file__).parent / "published" / "ViltModel")
+    pixels, mask = np.ones((2, 3, 24, 32), "f"), np.zeros((2, 24, 32), int)
+    mask[0, :8, :24], mask[1, :16, :8] = 1, 1
+    fields = pretrained(input_ids=np.ones((2, 4), int), pixel_values=pixels, pixel_mask=mask)
+    assert fields["last_hidden_state"].shape == (2, 4 + 1 + 3, 32)  # as long as the largest image of the batch
+    assert fields["image_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -34,7 +34,7 @@ class Sight:
         mask: which tokens exist, `(B, L)`.
         visible: the rule who may see whom, `(L, L)`, a constant.
         coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
-        bias: added to the scores, `(H, L, L)`: relative positions.
+        bias: added to the scores, `(H, L, L)` or `(B, H, L, L)`: relative positions.
         lines: the streams that stand one behind the other; read by relative positions.
     """
 
@@ -59,7 +59,7 @@ def attend(
     value: Float[Array, "B Lk G K"],
     key_mask: Bool[Array, "B Lk"] | None = None,
     visible: np.ndarray | None = None,
-    bias: Float[Array, "H Lq Lk"] | None = None,
+    bias: Float[Array, "*B H Lq Lk"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B Lq H K"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
@@ -70,7 +70,7 @@ def attend(
         value: `(B, Lk, G, K)`.
         key_mask: which keys exist, `(B, Lk)`.
         visible: the rule who may see whom, `(Lq, Lk)`, a constant.
-        bias: added to the scores, `(H, Lq, Lk)`.
+        bias: added to the scores, `(H, Lq, Lk)` or `(B, H, Lq, Lk)`.
         scale: factor of the scores; None: 1 / sqrt(K).
 
     Returns:

@@ -62,6 +62,9 @@ class BlockConfig:
     """The distance from which on the last of T5's buckets holds all."""
     relative_past: bool = False
     """Whether T5's buckets are all for the past (its decoder), and not half of them for each direction."""
+    relative_axes: tuple[tuple[int, int], ...] = ()
+    """Relative positions by what tokens' coordinates differ in: for each axis (buckets, the furthest distance that is told from
+    others), one table each for a stack; their sum is scaled as scores are (LayoutLMv3: place, x, y)."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None

@@ -57,7 +57,7 @@ def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...]) -> ja
     return jax.image.resize(grid, (*new, grid.shape[-1]), "cubic").reshape(-1, grid.shape[-1]).astype(table.dtype)
 
 
-def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size: jax.Array) -> jax.Array:
+def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size: jax.Array, corners: bool = False) -> jax.Array:
     """Reads a table of learned positions at any place of images of any size, linearly.
 
     Args:
@@ -65,12 +65,17 @@ def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size
         grid: (rows, columns) of the table.
         coordinates: (row, column) of every patch in its own image, `(B, L, 2)`.
         size: rows and columns of that image, `(B, 2)`.
+        corners: whether the centres of the corner patches fall on those of the table (ViLT), and not the outer edges.
 
     Returns:
         `(B, L, D)`: the same as resampling the table to each image's grid without smoothing.
     """
     cells = jnp.asarray(grid, jnp.float32)
-    at = (coordinates + 0.5) * cells / jnp.maximum(size, 1)[:, None].astype(jnp.float32) - 0.5
+    size = size[:, None].astype(jnp.float32)
+    if corners:
+        at = coordinates * ((cells - 1) / jnp.maximum(size - 1, 1))
+    else:
+        at = (coordinates + 0.5) * cells / jnp.maximum(size, 1) - 0.5
     at = jnp.clip(at, 0, cells - 1)  # (B, L, 2)
     low = jnp.floor(at)
     share = at - low

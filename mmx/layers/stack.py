@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmx.errors import InputError
 from mmx.layers.attention import Line, Sight, each_part
 from mmx.layers.block import Block, BlockConfig
 from mmx.layers.norms import make_norm
@@ -95,10 +96,44 @@ class Stack(nn.Module):
 
 def relative_positions(config: BlockConfig, name: str = "relative") -> Callable[[Sight], Sight]:
     """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as one submodule."""
-    if not config.relative:
+    if not config.relative and not config.relative_axes:
         return lambda sight: sight
-    bias = RelativeBias(config.relative, config.heads, config.relative_furthest, config.relative_past, name=name)
-    return lambda sight: dataclasses.replace(sight, bias=bias(sight.lines))
+    by_line = None
+    if config.relative:
+        by_line = RelativeBias(config.relative, config.heads, config.relative_furthest, config.relative_past, name=name)
+    scale = (config.head_size or config.width // config.heads) ** -0.5 if config.scale is None else config.scale
+    by_axes = AxesBias(config.relative_axes, config.heads, scale, name=f"{name}_axes") if config.relative_axes else None
+
+    def add(sight: Sight) -> Sight:
+        biases = [by_line(sight.lines)] if by_line else []
+        biases += [by_axes(sight.coordinates)] if by_axes else []
+        return dataclasses.replace(sight, bias=sum(biases))
+
+    return add
+
+
+class AxesBias(nn.Module):
+    """A number for each head by how far apart two tokens are on every axis of their coordinates `(B, L, A)`: `(B, H, L, L)`.
+
+    The distances of an axis lie in T5's buckets, and each axis has a table (LayoutLMv3, arXiv 2204.08387, A).
+    """
+
+    axes: tuple[tuple[int, int], ...]
+    heads: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, coordinates: jax.Array) -> jax.Array:
+        if coordinates is None or coordinates.shape[-1] < len(self.axes):
+            raise InputError(f"relative_axes: there are {len(self.axes)}, tokens need coordinates with as many numbers")
+        total: Any = 0.0
+        for axis, (buckets, furthest) in enumerate(self.axes):
+            table = self.param(f"bias_{axis}", nn.initializers.normal(0.02), (self.heads, buckets))
+            place = jnp.asarray(coordinates)[..., axis].astype(jnp.int32)
+            away = jnp.clip(place[..., None, :] - place[..., :, None], -furthest, furthest)  # (B, L, L)
+            bucket = jnp.asarray(distance_buckets(np.arange(-furthest, furthest + 1), buckets, furthest))
+            total += table[:, bucket[away + furthest]]
+        return self.scale * (total if total.ndim == 3 else total.swapaxes(0, 1))
 
 
 class RelativeBias(nn.Module):

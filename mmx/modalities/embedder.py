@@ -17,8 +17,9 @@ from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "fourier", "none")
-PLACE = "place"
-RESERVED = ("token", "position", PLACE, "special", "norm", "patch", "linear", "pen")  # names of parameters
+PLACE, COORDINATES, KEPT, HIDDEN = "place", "coordinates", "kept", "hidden"
+BESIDE = (PLACE, COORDINATES, KEPT, HIDDEN)  # what the raw value of any embedder may tell beside what is embedded
+RESERVED = ("token", "position", *BESIDE, "special", "mask_token", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -28,20 +29,29 @@ class Embedder(nn.Module, kw_only=True):
         token + position + sum of tables + sum of vectors + type (survey 3.1.1, "token embedding fusion")
 
     The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
-    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold `place (B, L)`: which of the
-    learned positions each token has; without it, its own place in the row.
+    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold
+
+        place (B, L)    which of the learned positions each token has; without it, its own place in the row
+        coordinates     where tokens stand, `(B, L, A)`, for rotary positions and for relative ones by coordinates; those of
+                        special tokens in front are 0, if they are not among them
+        kept (B, K)     which tokens go on, and in which order (MAE); without it, all
+        hidden (B, L)   where the mask token stands instead of the embedding (BEiT), if there is one
 
     Args:
         width: size of a token, D; None: the model's.
         position: learned; sincos (1D, 2D or 3D by the grid); fourier (Perceiver, one linear map behind); none. None: what
             is usual for the kind. Rotary and relative positions belong to attention: `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
-            an integer array `(B, L)`.
+            an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM).
+        joined: further ids by token whose embeddings lie side by side to make a token's width, each by the table it reads:
+            `{name: ((table, how many, size), ...)}`, an integer array `(B, L, n)` (the sides of a box: LayoutLMv3).
         vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,
             mapped linearly.
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
         special_position: whether the learned positions begin with one for each special token (ViT).
+        mask_token: whether there is a learned token for what is hidden.
         type: whether a learned vector tells the modality (ViLT, FLAVA).
+        type_outside: whether that vector is added behind the norm (the text of ViLT), and not before it.
         norm: eps of a LayerNorm on the sum (BERT: 1e-12); None: no norm.
         dtype: type of the computation.
     """
@@ -49,10 +59,13 @@ class Embedder(nn.Module, kw_only=True):
     width: int | None = None
     position: str | None = None
     tables: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    joined: Mapping[str, tuple[tuple[str, int, int], ...]] = dataclasses.field(default_factory=dict)
     vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     special: tuple[str, ...] = ()
     special_position: bool = False
+    mask_token: bool = False
     type: bool = False
+    type_outside: bool = False
     norm: float | None = None
     dtype: Any = "float32"
 
@@ -72,12 +85,12 @@ class Embedder(nn.Module, kw_only=True):
     def read(self, raw: Any) -> tuple[Mapping[str, Any], Any]:
         """Splits a raw value into a dict that holds what this embedder reads and nothing else, and its mask."""
         raw, mask = unmask(raw)
-        if taken := {*self.tables, *self.vectors} & {*self.reads, *RESERVED}:
+        if taken := {*self.tables, *self.joined, *self.vectors} & {*self.reads, *RESERVED}:
             raise InputError(f"{self.name}: {', '.join(sorted(taken))} cannot be the name of a table or vector; choose another")
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
-        wanted = (*self.reads, *self.tables, *self.vectors)
+        wanted = (*self.reads, *self.tables, *self.joined, *self.vectors)
         for name in given:
-            if name not in (*wanted, PLACE):
+            if name not in (*wanted, *BESIDE):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
@@ -85,10 +98,11 @@ class Embedder(nn.Module, kw_only=True):
 
     def with_tables(self, raw: Any, batch_size: int) -> Any:
         """A raw value for `example`, with zeros for the tables and vectors."""
-        if not self.tables and not self.vectors:
+        if not self.tables and not self.joined and not self.vectors:
             return raw
         shape = (batch_size, int(np.prod(self.grid)))
         tables = {name: jnp.zeros(shape, jnp.int32) for name in self.tables}
+        tables |= {name: jnp.zeros((*shape, len(parts)), jnp.int32) for name, parts in self.joined.items()}
         vectors = {name: jnp.zeros((*shape, size), jnp.float32) for name, size in self.vectors.items()}
         return {**(raw if isinstance(raw, Mapping) else {self.reads[0]: raw}), **tables, **vectors}
 
@@ -112,26 +126,44 @@ class Embedder(nn.Module, kw_only=True):
             coordinates: likewise where tokens stand, `(B, L, A)`.
         """
         grid = grid or self.grid
+        if self.mask_token:
+            token = self.param("mask_token", INITIAL, (self.width,)).astype(self.dtype)
+            values = jnp.where(fields[HIDDEN][..., None] != 0, token, values) if HIDDEN in fields else values
+        elif HIDDEN in fields:
+            raise InputError(f"{self.name}: {HIDDEN} is given, but there is no mask token; set mask_token=True")
         if positions is None:
             positions = self._positions(grid, fields.get(PLACE))
         if positions is not None:
             values = values + positions.astype(self.dtype)
         for name, size in self.tables.items():
-            self._check(name, fields[name], values.shape[:2], integer=True)
-            values = values + nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(fields[name])
+            ids = fields[name]
+            self._check(name, ids, (*values.shape[:2], *ids.shape[2:3]), integer=True)
+            rows = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(ids)
+            values = values + (rows if ids.ndim == 2 else rows.sum(-2))
+        for name, parts in self.joined.items():
+            self._check(name, fields[name], (*values.shape[:2], len(parts)), integer=True)
+            shapes = {table: (count, size) for table, count, size in parts}
+            embeds = {t: nn.Embed(*n, dtype=self.dtype, embedding_init=INITIAL, name=t) for t, n in shapes.items()}
+            values = values + jnp.concatenate([embeds[t](fields[name][..., i]) for i, (t, _, _) in enumerate(parts)], -1)
         for name, size in self.vectors.items():
             self._check(name, fields[name], (*values.shape[:2], size), integer=False)
             here = hide(jnp.asarray(fields[name], self.dtype), mask)
             values = values + nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
+        coordinates = fields.get(COORDINATES, coordinates)
         if coordinates is None and len(grid) > 1:
             coordinates = grid_coordinates(grid)
+        if KEPT in fields:
+            values, mask, coordinates = self._keep(fields[KEPT], values, mask, coordinates)
         if self.special:
             values, mask, coordinates = self._put_in_front(values, mask, coordinates)
-        if self.type:
-            values = values + self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype)
+        kind = self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype) if self.type else 0
+        if not self.type_outside:
+            values = values + kind
         if self.norm is not None:
             values = hide(values, mask)  # what a norm makes of a NaN has a gradient of NaN
             values = make_norm("layer", self.norm, self.dtype, "norm")(values)
+        if self.type_outside:
+            values = values + kind
         return Tokens(hide(values, mask), mask, coordinates, special=self.special)
 
     def _positions(self, grid: tuple[int, ...], place: Any) -> jax.Array | None:
@@ -153,6 +185,13 @@ class Embedder(nn.Module, kw_only=True):
         table = table[front:]
         return table[: grid[0]] if len(grid) == 1 and grid <= self.grid else resample(table, self.grid, grid)
 
+    def _keep(self, kept: jax.Array, values: jax.Array, mask: jax.Array | None, coordinates: Any) -> tuple[jax.Array, Any, Any]:
+        """The tokens of the given numbers `(B, K)`, which stand where they stood."""
+        where = jnp.arange(values.shape[1])[:, None] if coordinates is None else jnp.asarray(coordinates)
+        where = jnp.broadcast_to(where, (len(values), *where.shape[-2:]))
+        values, where = (jnp.take_along_axis(x, kept[..., None], 1) for x in (values, where))
+        return values, None if mask is None else jnp.take_along_axis(mask, kept, 1), where
+
     def _put_in_front(
         self, values: jax.Array, mask: jax.Array | None, coordinates: Any
     ) -> tuple[jax.Array, jax.Array | None, Any]:
@@ -164,7 +203,7 @@ class Embedder(nn.Module, kw_only=True):
         values = jnp.concatenate([jnp.broadcast_to(special, (len(values), *special.shape)), values], 1)
         if mask is not None:
             mask = jnp.concatenate([jnp.repeat(mask.any(-1, keepdims=True), count, 1), mask], 1)
-        if coordinates is not None:
+        if coordinates is not None and coordinates.shape[-2] < values.shape[1]:
             pad = np.pad if isinstance(coordinates, np.ndarray) else jnp.pad
             coordinates = pad(coordinates, [(0, 0)] * (coordinates.ndim - 2) + [(count, 0), (0, 0)])
         return values, mask, coordinates

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.modalities.embedder import INITIAL, Embedder
+from mmx.modalities.embedder import INITIAL, PLACE, Embedder
 from mmx.modalities.masking import token_mask
 from mmx.types import Masked, Tokens
 
@@ -17,7 +17,8 @@ class Ids(Embedder):
 
     Args:
         vocab: number of different ids, V.
-        length: the longest sequence, L; shorter ones are welcome, and longer ones where positions are not learned.
+        length: the longest sequence, L; shorter ones are welcome, and longer ones where positions are not learned, or where
+            each token says which place it takes.
         scale: factor of the embedding, such as the root of the width (arXiv 1706.03762, 3.4); not of `decode`.
     """
 
@@ -37,7 +38,7 @@ class Ids(Embedder):
         ids = fields["ids"]
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise InputError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")
-        if ids.shape[1] > self.length and self.position in (None, "learned"):
+        if ids.shape[1] > self.length and PLACE not in fields and self.position in (None, "learned"):
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
         values = values if self.scale == 1 else values * self.scale

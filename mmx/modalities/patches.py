@@ -71,12 +71,7 @@ class Patches(Embedder):
             raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
         x = normalise(image, self.mean, self.std, self.dtype)
         grid = self._grid_of(size)
-        if self.stride is None:
-            x = x.reshape(-1, *[n for pair in zip(grid, self.patch, strict=True) for n in pair], self.channels)
-        else:
-            x = overlapping(x, grid, self.patch, self.stride)
-        axes = range(1, 2 * len(grid), 2)
-        x = x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(image), math.prod(grid), -1)  # (B, L, pixels)
+        x = cut(x, self.patch) if self.stride is None else overlapping(x, grid, self.patch, self.stride)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
         x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
         return self.fuse(x, mask, fields, grid)
@@ -99,6 +94,7 @@ class PackedPatches(Embedder):
         patch: (height, width) in pixels.
         grid_size: (rows, columns) of the learned positions, which every image reads at its own resolution.
         channels: C.
+        corners: whether the corner patches of every image read the corners of that table (ViLT), and not their edges.
     """
 
     length: int
@@ -107,6 +103,7 @@ class PackedPatches(Embedder):
     channels: int = 3
     mean: float = 0.5
     std: float = 0.5
+    corners: bool = False
 
     reads = ("patches", "place", "extent")
 
@@ -125,9 +122,11 @@ class PackedPatches(Embedder):
         mask = token_mask(mask, x.shape[:2])
         x = hide(normalise(x, self.mean, self.std, self.dtype), mask)
         x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
-        table = self.param("position", INITIAL, (math.prod(self.grid_size), self.width))
+        front = len(self.special) if self.special_position else 0
+        table = self.param("position", INITIAL, (front + math.prod(self.grid_size), self.width))
         place = fields["place"].astype(jnp.float32)
-        return self.fuse(x, mask, fields, (x.shape[1],), sample(table, self.grid_size, place, fields["extent"]), place)
+        positions = sample(table[front:], self.grid_size, place, fields["extent"], self.corners)
+        return self.fuse(x, mask, fields, (x.shape[1],), positions, place)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
@@ -144,11 +143,23 @@ def overlapping_grid(size: tuple[int, ...], patch: tuple[int, ...], stride: tupl
     return tuple((s - p) // step + 1 for s, p, step in zip(size, patch, stride, strict=True))
 
 
+def cut(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
+    """Images `(B, *size, C)` -> their patches, row by row: `(B, L, pixels)`."""
+    grid = [size // side for size, side in zip(images.shape[1:-1], patch, strict=True)]
+    return _rows(images.reshape(len(images), *[n for pair in zip(grid, patch, strict=True) for n in pair], images.shape[-1]))
+
+
 def overlapping(x: jax.Array, grid: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> jax.Array:
-    """`(B, *size, C)` -> `(B, grid[0], patch[0], grid[1], patch[1], ..., C)`, one patch every `stride`."""
+    """Images `(B, *size, C)` -> a patch every `stride`, row by row: `(B, L, pixels)`."""
     for axis, (count, length, step) in enumerate(zip(grid, patch, stride, strict=True)):
         x = jnp.take(x, np.arange(count)[:, None] * step + np.arange(length), axis=1 + 2 * axis)
-    return x
+    return _rows(x)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """`(B, grid[0], patch[0], grid[1], patch[1], ..., C)` -> `(B, L, pixels)`."""
+    axes, count = range(1, x.ndim - 1, 2), math.prod(x.shape[1:-1:2])
+    return x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(x), count, -1)
 
 
 def normalise(image: jax.Array, mean: float, std: float, dtype: Any) -> jax.Array:

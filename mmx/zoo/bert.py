@@ -12,7 +12,7 @@ from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import activation, only
-from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.family import Family, Run, Runner, padded
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
@@ -26,6 +26,9 @@ LAYER: Table = {  # of every model that copied BERT's
     "output.dense": "mlp/down",
     "output.LayerNorm": "mlp_norm",
 }
+
+
+KNOWN = (r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$")  # buffers and tied copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +77,12 @@ def masked_lm_head(c: Any, modality: str = "text") -> TiedDecoder:
     return TiedDecoder(modality, activation=activation(c.hidden_act), norm=c.layer_norm_eps)
 
 
-def _build(c: BertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+def assemble(c: Any, text: Ids, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    """One post-norm stack over the tokens of `text`, a pooler, and the heads that are named."""
     only(c, position_embedding_type="absolute", is_decoder=False, tie_word_embeddings=True)
     outputs = {"masked-lm": masked_lm_head(c), "matching": Classifier(2, "text", transform=False)}
     return build_model(
-        {"text": text_embedder(c)},
+        {"text": text},
         (PerStream(c.num_hidden_layers),),
         width=c.hidden_size,
         embed=0,
@@ -87,6 +91,10 @@ def _build(c: BertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         dtype=dtype,
         **block(c),
     )
+
+
+def _build(c: BertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    return assemble(c, text_embedder(c), heads, dtype)
 
 
 def embeddings_table(published: str, ours: str) -> Table:
@@ -108,14 +116,19 @@ def masked_lm_table(published: str, ours: str) -> Table:
     }
 
 
-def _table(c: BertConfig) -> Table:
+def encoder_table(prefix: str) -> Table:
+    """The weights of `assemble`, but for tables beside BERT's."""
     return {
-        **embeddings_table("bert.embeddings", "modalities_text"),
-        **layers("bert.encoder.layer.{}", "stages_0/text/layers/block", LAYER),
-        "bert.pooler.dense": "poolers_text/transform",
+        **embeddings_table(f"{prefix}.embeddings", "modalities_text"),
+        **layers(prefix + ".encoder.layer.{}", "stages_0/text/layers/block", LAYER),
+        f"{prefix}.pooler.dense": "poolers_text/transform",
         **masked_lm_table("cls.predictions", "heads_masked-lm"),
         "cls.seq_relationship": "heads_matching/classifier",
     }
+
+
+def _table(c: BertConfig) -> Table:
+    return encoder_table("bert")
 
 
 def read_text(inputs: Mapping[str, Any]) -> Any:
@@ -130,6 +143,18 @@ def read_text(inputs: Mapping[str, Any]) -> Any:
 def token_loss(logits: Any, labels: Any) -> Any:
     """The mean cross-entropy of labels; those of -100 do not count."""
     return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != -100)
+
+
+def masked_lm_fields(r: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model with the masked-lm head returns, or the bare one."""
+    logits = r.out.logits.get("masked-lm")
+    return {
+        "loss": token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "logits": logits,
+        "last_hidden_state": r.out.streams["text"].values,
+        "pooler_output": r.out.pooled["text"],
+        "hidden_states": tuple(r.states("stages_0", "text")),
+    }
 
 
 def _forward(run: Runner, c: BertConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +176,8 @@ def _forward(run: Runner, c: BertConfig, inputs: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
+def sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
+    """The fields of a size whose MLP is four times as wide."""
     return {
         "num_hidden_layers": layers,
         "hidden_size": width,
@@ -172,16 +198,16 @@ FAMILIES = (
             "bert-base-uncased": {},
             "bert-base-cased": {"vocab_size": 28996},
             "bert-base-multilingual-cased": {"vocab_size": 119547},
-            "bert-large-uncased": _sized(24, 1024, 16),
-            "bert-large-cased": _sized(24, 1024, 16, vocab_size=28996),
-            "MiniLM-L6-H384-uncased": _sized(6, 384, 12),
-            "MiniLM-L12-H384-uncased": _sized(12, 384, 12),
-            "all-MiniLM-L6-v2": _sized(6, 384, 12),
+            "bert-large-uncased": sized(24, 1024, 16),
+            "bert-large-cased": sized(24, 1024, 16, vocab_size=28996),
+            "MiniLM-L6-H384-uncased": sized(6, 384, 12),
+            "MiniLM-L12-H384-uncased": sized(12, 384, 12),
+            "all-MiniLM-L6-v2": sized(6, 384, 12),
         },
         heads={"masked-lm": "cls.predictions", "matching": "cls.seq_relationship"},
         prefix="bert",
         texts=Texts("[CLS]", "[SEP]", lower=True),
         length=lambda c: c.max_position_embeddings,
-        known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
+        known=KNOWN,
     ),
 )

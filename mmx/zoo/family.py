@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmx.model import MultimodalTransformer
+from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
@@ -21,11 +23,36 @@ class Run:
     out: Outputs
     intermediates: Mapping[str, Any]
 
-    def states(self, stage: str, stream: str) -> list[jax.Array]:
-        """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`."""
+    def states(self, stage: str, *streams: str) -> list[jax.Array]:
+        """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`.
+
+        Of all streams behind each other where the stage is a `Joint`.
+        """
         left = self.intermediates[stage]
-        layers = left[stream]["layers"]["states"] if stream in left else left["layers"]["states"][stream]  # the latter: Cross
-        return [self.intermediates["states"][stream], *layers]
+        entered = jnp.concatenate([self.intermediates["states"][name] for name in streams], 1)
+        if "layers" in left:  # a Cross
+            return [entered, *left["layers"]["states"][streams[0]]]
+        return [entered, *left["stack" if "stack" in left else streams[0]]["layers"]["states"]]
+
+    def gathered(self, gather: str, stage: str) -> list[jax.Array]:
+        """The states of the stream that the stage `gather` made, before the first layer of the stage behind it and after each."""
+        return [self.intermediates[gather]["states"][FUSED], *self.intermediates[stage][FUSED]["layers"]["states"]]
+
+
+@flax.struct.dataclass
+class Chosen:
+    """A field whose length hangs on the values of the inputs: what `keep (n,)` says of `array`, along `axis`.
+
+    A program has no such shapes, so that the choice is made behind it.
+    """
+
+    array: jax.Array
+    keep: jax.Array
+    axis: int = flax.struct.field(pytree_node=False, default=0)
+
+    def take(self) -> np.ndarray:
+        """Those that are kept."""
+        return np.compress(np.asarray(self.keep), np.asarray(self.array), self.axis)
 
 
 Runner = Callable[..., Run]
@@ -90,9 +117,18 @@ def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
     return Masked(raw, mask, keep=True)
 
 
-def channels_last(pixels: Any) -> Any:
-    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`."""
-    return jnp.moveaxis(pixels, -3, -1)
+def channels_last(pixels: Any, patch: int = 1) -> Any:
+    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`.
+
+    Where `patch` does not divide an image, what is left of it below and on the right falls away, as under a convolution.
+    """
+    height, width = (size // patch * patch for size in pixels.shape[-2:])
+    return jnp.moveaxis(pixels[..., :height, :width], -3, -1)
+
+
+def whole_patches(size: int, patch: int) -> tuple[int, int]:
+    """(height, width) of a square published image without what falls away."""
+    return (size // patch * patch,) * 2
 
 
 def as_batch(batch: Batch) -> dict[str, Any]:
