@@ -90,6 +90,7 @@ class PackedPatches(Embedder):
         patch: (height, width) in pixels.
         grid_size: (rows, columns) of the learned positions, which every image reads at its own resolution.
         channels: C.
+        smooth: whether images smaller than that grid read it smoothed (SigLIP 2).
     """
 
     length: int
@@ -98,6 +99,7 @@ class PackedPatches(Embedder):
     channels: int = 3
     mean: float = 0.5
     std: float = 0.5
+    smooth: bool = False
 
     reads = ("patches", "place", "extent")
 
@@ -118,7 +120,8 @@ class PackedPatches(Embedder):
         x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
         table = self.param("position", INITIAL, (math.prod(self.grid_size), self.width))
         place = fields["place"].astype(jnp.float32)
-        return self.fuse(x, mask, fields, (x.shape[1],), sample(table, self.grid_size, place, fields["extent"]), place)
+        positions = sample(table, self.grid_size, place, fields["extent"], self.smooth)
+        return self.fuse(x, mask, fields, (x.shape[1],), positions, place)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
