@@ -84,9 +84,18 @@ def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
     return Masked(raw, mask, keep=True)
 
 
-def channels_last(pixels: Any) -> Any:
-    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`."""
-    return jnp.moveaxis(pixels, -3, -1)
+def channels_last(pixels: Any, patch: int = 1) -> Any:
+    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`.
+
+    Where `patch` does not divide an image, what is left of it below and on the right falls away, as under a convolution.
+    """
+    height, width = (size // patch * patch for size in pixels.shape[-2:])
+    return jnp.moveaxis(pixels[..., :height, :width], -3, -1)
+
+
+def whole_patches(size: int, patch: int) -> tuple[int, int]:
+    """(height, width) of a square published image without what falls away."""
+    return (size // patch * patch,) * 2
 
 
 def as_batch(batch: Batch) -> dict[str, Any]:

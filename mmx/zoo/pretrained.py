@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,13 @@ class Pretrained:
 
         Args:
             output_hidden_states: whether `hidden_states` are among them: a tuple, the embeddings first.
-            **inputs: arrays; what is None is not there.
+            **inputs: arrays, and flags and numbers such as `return_loss=True`; what is None is not there.
 
         Raises:
             InputError: an input this family does not have.
         """
-        given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-        return _forward(self.family, self.model, self.config, output_hidden_states, self.params, as_batch(given))
+        flags, arrays = _split(inputs)
+        return _forward(self.family, self.model, self.config, output_hidden_states, flags, self.params, as_batch(arrays))
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
         """Writes the likeliest next id, `max_new_tokens` times.
@@ -68,19 +68,29 @@ class Pretrained:
         names = self.family.generation
         if names is None:
             raise InputError(f"{self.family.name}: it does not generate")
-        given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        flags, given = _split(inputs)
         if names.start is not None:
             size = len(next(iter(given.values())))
             given.setdefault(names.ids, np.full((size, 1), names.start(self.config)))
         if names.ids not in given:
             raise InputError(f"{self.family.name}: the input {names.ids} is missing; it is the prompt")
         given.setdefault(names.mask, np.ones_like(given[names.ids]))
-        return _generate(self.family, self.model, self.config, max_new_tokens, self.params, as_batch(given))
+        return _generate(self.family, self.model, self.config, max_new_tokens, flags, self.params, as_batch(given))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+Flags: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]
+
+
+def _split(inputs: Mapping[str, Any]) -> tuple[Flags, dict[str, np.ndarray]]:
+    """Inputs as what the program is made for (flags, numbers, names) and what it runs on (arrays)."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    flags = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
+    return tuple(flags.items()), {name: np.asarray(value) for name, value in given.items() if name not in flags}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(
-    family: Family, model: MultimodalTransformer, config: Any, count: int, params: Params, inputs: Batch
+    family: Family, model: MultimodalTransformer, config: Any, count: int, flags: Flags, params: Params, inputs: Batch
 ) -> dict[str, jax.Array]:
     names = family.generation
     assert names is not None
@@ -91,7 +101,7 @@ def _generate(
         now = {**inputs, names.ids: ids, names.mask: mask}
         if names.places:
             now["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-        return _forward(family, model, config, False, params, now)["logits"]
+        return _forward(family, model, config, False, flags, params, now)["logits"]
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         ids, mask, written = carry
@@ -105,17 +115,17 @@ def _generate(
     return {"sequences": ids, "logits": written}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _forward(
-    family: Family, model: MultimodalTransformer, config: Any, states: bool, params: Params, inputs: Batch
+    family: Family, model: MultimodalTransformer, config: Any, states: bool, flags: Flags, params: Params, inputs: Batch
 ) -> dict[str, Any]:
     def run(batch: Batch, causal: Sequence[str] = ()) -> Run:
         out, more = model.apply({"params": params}, batch, tuple(causal), mutable=["intermediates"])
         return Run(out, more["intermediates"])  # type: ignore[arg-type]
 
-    read = _Inputs(inputs, family.name)
+    read = _Inputs({**inputs, **dict(flags)}, family.name)
     fields = family.forward(run, config, read)
-    if ignored := set(inputs) - read.taken:
+    if ignored := set(read) - read.taken:
         raise InputError(f"{family.name}: " + unknown("input", sorted(ignored)[0], read.taken))
     return _present(fields, states)
 

@@ -175,7 +175,7 @@ def _weights(name: str, leaves: Sequence[str], layout: Layout, shapes: Mapping[s
         form = shapes[path][1:] if match else shapes[path]
         axes = logical_axes(path) if path.endswith("/kernel") else None
         count = len(axes.inputs) if axes else 0
-        matrix = (math.prod(form[:count]), math.prod(form[count:])) if axes and name.endswith(".weight") else None
+        matrix = (math.prod(form[:count]), math.prod(form[count:])) if axes and name.endswith("weight") else None
         parts.append(Weight(name, path, None, form, layout, matrix))
     if len(parts) > 1:
         starts = np.cumsum([0] + [part.part_shape[part.axis] for part in parts])
