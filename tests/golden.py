@@ -9,9 +9,9 @@ gave which output). Nothing of a model is here: only which call has which name.
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors.numpy
@@ -21,6 +21,14 @@ import mmx
 TOLERANCE = 2e-5  # x max(1, largest value)
 
 
+Arrays: TypeAlias = Mapping[str, np.ndarray]
+
+
+def without(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: all of the first one but these."""
+    return lambda inputs: {name: x for name, x in inputs.items() if name not in names and "." not in name}
+
+
 @dataclasses.dataclass(frozen=True)
 class Class:
     """Names of one published class: of the family, where config.json tells none, and of outputs, recorded name -> ours."""
@@ -28,9 +36,18 @@ class Class:
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
+    calls: Mapping[str, Callable[[Arrays], Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    # further calls: what the names of their recorded outputs begin with, and their inputs made from all that are stored
 
 
+SIGLIP = {
+    f"{tower}_{field}": f"{tower}_model_output.{field}"
+    for tower in ("text", "vision")
+    for field in ("last_hidden_state", "hidden_states", "pooler_output")
+}
 CLASSES = {
+    "SiglipModel": Class(rename=SIGLIP, call={"return_loss": True}, calls={"nomask_": without("attention_mask")}),
+    "Siglip2Model": Class(rename=SIGLIP, call={"return_loss": True}),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
@@ -50,14 +67,22 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
     given = {name: value for name, value in inputs.items() if "." not in name}
-    fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
+    fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
+    for prefix, inputs_of in names.calls.items():
+        fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in ("pixel_values", "input_features")}
         steps = recorded["generate.logits"].shape[1]
         made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
-        fields |= {f"generate.{name}": value for name, value in flatten(made).items()}
-    return {name: np.asarray(fields[ours(name, names.rename)]) for name in recorded if ours(name, names.rename) in fields}
+        fields["generate."] = flatten(made)
+    found = {}
+    for name in recorded:
+        prefix = max((p for p in fields if name.startswith(p)), key=len)
+        field = ours(name.removeprefix(prefix), names.rename)
+        if field in fields[prefix]:
+            found[name] = np.asarray(fields[prefix][field])
+    return found
 
 
 def class_of(folder: Path) -> str:
