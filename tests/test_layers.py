@@ -96,6 +96,21 @@ def test_cross_attention_to_nothing_adds_nothing(rng, norm):
     assert np.abs(nothing - block.apply({"params": params}, x, context=context)).max() > 1e-3
 
 
+def test_cross_attention_to_nothing_may_be_left_out(rng):
+    """With its norm, example by example; where there is something to read, nothing changes."""
+    x, context = rng.standard_normal((2, 2, 4, 8)).astype(np.float32)
+    here = np.asarray([[0, 0, 0, 0], [1, 0, 1, 0]], bool)
+    block, left = (Block(dataclasses.replace(SMALL, norm="post", skip=skip), "self cross mlp") for skip in (False, True))
+    params = block.init(jax.random.key(0), x, context=context)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
+    alone = Block(block.config, "self mlp").apply({"params": params}, x)
+    np.testing.assert_allclose(left.apply({"params": params}, x), alone, atol=1e-6)
+    assert np.abs(block.apply({"params": params}, x) - alone).max() > 1e-3
+    found = left.apply({"params": params}, x, context=context, context_mask=here)
+    whole = block.apply({"params": params}, x, context=context, context_mask=here)
+    np.testing.assert_allclose(found, np.stack([alone[0], whole[1]]), atol=1e-6)
+
+
 def test_words_make_the_sublayers(rng):
     x = rng.standard_normal((1, 3, 8)).astype(np.float32)
     params = Block(SMALL, "cross mlp self mlp").init(jax.random.key(0), x, context=x)["params"]
