@@ -85,6 +85,7 @@ WITHOUT_EFFECT = frozenset(
         "prefix",
         "problem_type",
         "pruned_heads",
+        "reference_class",
         "remove_invalid_values",
         "repetition_penalty",
         "resid_pdrop",
@@ -99,6 +100,7 @@ WITHOUT_EFFECT = frozenset(
         "suppress_tokens",
         "task_specific_params",
         "temperature",
+        "text_config_dict",
         "tf_legacy_loss",
         "tie_word_embeddings",
         "tokenizer_class",
@@ -110,6 +112,7 @@ WITHOUT_EFFECT = frozenset(
         "typical_p",
         "use_bfloat16",
         "use_cache",
+        "vision_config_dict",
     }
 )
 
