@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, unknown
-from mmx.layers import ACTIVATIONS, make_norm
+from mmx.layers import ACTIVATIONS, AttentionPool, make_norm
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
@@ -92,6 +92,13 @@ class Pooler(nn.Module):
         ids = raw["ids"] if isinstance(raw, Mapping) else raw
         at = (ids if self.end is None else ids == self.end).argmax(-1)  # the first of the highest
         return jnp.take_along_axis(tokens.values, at[:, None, None], 1)[:, 0]
+
+
+class AttentionPooler(AttentionPool):
+    """One vector of a stream that a learned token reads from it: `(B, L, D) -> (B, W)`; arguments of `AttentionPool`."""
+
+    def __call__(self, tokens: Tokens, raw: Any) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().__call__(tokens.values, tokens.mask)[:, 0]
 
 
 class Classifier(nn.Module):

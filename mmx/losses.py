@@ -30,6 +30,30 @@ def clip_loss(
     return masked_mean((rows + columns) / 2, mask)
 
 
+def sigmoid_loss(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    logit_scale: Float[Array, ""] | float,
+    logit_bias: Float[Array, ""] | float,
+    mask: Bool[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+    """Every pair of the batch is a question of its own: does this text belong to that image? (SigLIP, arXiv 2303.15343, 3.2)
+
+        - mean over i of sum over j of log sigmoid(z_ij (t x_i y_j + b)), z_ij = 1 where i = j, else -1
+
+    Args:
+        image: unit vectors `(B, E)`.
+        text: unit vectors `(B, E)`.
+        logit_scale: the inverse temperature t, a positive scalar.
+        logit_bias: what is added to every similarity, b.
+        mask: rows whose two sides both exist `(B,)`; the others ask nothing. 0 if there is none.
+    """
+    logits = logit_scale * jnp.einsum("ie,je->ij", image, text, preferred_element_type=jnp.float32) + logit_bias  # (B, B)
+    mask = jnp.ones(len(logits), bool) if mask is None else mask
+    losses = -jax.nn.log_sigmoid(logits * (2 * jnp.eye(len(logits)) - 1))
+    return masked_mean(jnp.where(mask[None, :], losses, 0).sum(1), mask)
+
+
 def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."], label_smoothing: float = 0.0) -> Float[Array, "..."]:
     """Cross-entropy of each label, in nats: `(..., V), (...) -> (...)`.
 

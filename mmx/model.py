@@ -1,6 +1,7 @@
 """A model is modalities, a topology, and heads. Every model accepts any subset of its modalities."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class MultimodalTransformer(nn.Module):
         embed: size of the space shared by all modalities, E; None: no embeddings.
         poolers: stream -> what makes one vector of it; a stream that is not named is pooled by its mean.
         projections: modality -> what leads its vector into the shared space; if not named, a `Projection` without bias.
+        logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
     """
 
@@ -40,6 +42,7 @@ class MultimodalTransformer(nn.Module):
     dtype: Any = "float32"
     poolers: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
     projections: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    logit_scale: float | None = 1 / 0.07
     logit_bias: float | None = None
 
     @nn.compact
@@ -73,9 +76,12 @@ class MultimodalTransformer(nn.Module):
             if name in batch:
                 projection: Any = self.projections.get(name) or Projection(self.embed, dtype=self.dtype, name=f"embed_{name}")
                 embeddings[name] = projection(pooled[stream_of(streams, name) or name])
-        scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+        scale = None
+        if self.logit_scale is not None:
+            scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale)), ())
+            scale = jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE)
         bias = None if self.logit_bias is None else self.param("logit_bias", nn.initializers.constant(self.logit_bias), ())
-        return Outputs(streams, pooled, embeddings, logits, jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE), bias)
+        return Outputs(streams, pooled, embeddings, logits, scale, bias)
 
     def __hash__(self) -> int:
         """By identity, so that a model can be a static argument of jit; its fields hold dicts."""
@@ -115,6 +121,7 @@ def build_model(
     outputs: Mapping[str, nn.Module] | None = None,
     poolers: Mapping[str, nn.Module] | None = None,
     projections: Mapping[str, nn.Module] | None = None,
+    logit_scale: float | None = 1 / 0.07,
     logit_bias: float | None = None,
     dtype: str = "float32",
     **block: Any,
@@ -133,6 +140,7 @@ def build_model(
         outputs: further heads by name, such as `{"matching": mmx.heads.Classifier(2)}`.
         poolers: what makes one vector of a stream, such as `{"text": mmx.heads.Pooler("first")}`; not named: the mean.
         projections: what leads a modality's vector into the shared space; not named: a `Projection` without bias.
+        logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
         dtype: type of the computation, float32 or bfloat16; parameters are float32.
         **block: further fields of `mmx.layers.BlockConfig`.
@@ -163,6 +171,7 @@ def build_model(
         dtype=dtype,
         poolers={name: _fill(pooler, dtype=dtype) for name, pooler in (poolers or {}).items()},
         projections={name: _fill(projection, dtype=dtype) for name, projection in (projections or {}).items()},
+        logit_scale=logit_scale,
         logit_bias=logit_bias,
     )
 

@@ -49,6 +49,26 @@ SIGLIP = {
 CLASSES = {
     "SiglipModel": Class(rename=SIGLIP, call={"return_loss": True}, calls={"nomask_": without("attention_mask")}),
     "Siglip2Model": Class(rename=SIGLIP, call={"return_loss": True}),
+    "ALBEFMultimodalEncoder": Class("albef"),
+    "BlipForConditionalGeneration": Class(rename={"text_last_hidden_state": "text_model_output.last_hidden_state"}),
+    "BlipForImageTextRetrieval": Class(
+        rename={"question_embeds_itm": "question_embeds", "question_embeds_itc": "question_embeds_alone"}
+    ),
+    "Blip2QFormerModel": Class(
+        calls={
+            "text.": lambda x: {
+                "query_embeds": x["text.query_embeds"],
+                "attention_mask": x["text.attention_mask"],
+                "encoder_hidden_states": x["encoder_hidden_states"],
+                "query_length": x["query_embeds"].shape[1],
+            },
+            "textonly.": lambda x: {
+                "query_embeds": x["text.query_embeds"][:, x["query_embeds"].shape[1] :],
+                "attention_mask": x["text.attention_mask"][:, x["query_embeds"].shape[1] :],
+                "query_length": 0,
+            },
+        }
+    ),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},

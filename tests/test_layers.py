@@ -9,7 +9,7 @@ import pytest
 
 from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
-from mmx.layers import MLP, Block, BlockConfig, Stack, attend, visibility
+from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Stack, attend, visibility
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -94,6 +94,21 @@ def test_cross_attention_to_nothing_adds_nothing(rng, norm):
     nothing = block.apply({"params": params}, x, context=context, context_mask=np.zeros((2, 4), bool))
     np.testing.assert_allclose(nothing, block.apply({"params": params}, x), atol=1e-6)
     assert np.abs(nothing - block.apply({"params": params}, x, context=context)).max() > 1e-3
+
+
+def test_cross_attention_to_nothing_may_be_left_out(rng):
+    """With its norm, example by example; where there is something to read, nothing changes."""
+    x, context = rng.standard_normal((2, 2, 4, 8)).astype(np.float32)
+    here = np.asarray([[0, 0, 0, 0], [1, 0, 1, 0]], bool)
+    block, left = (Block(dataclasses.replace(SMALL, norm="post", skip=skip), "self cross mlp") for skip in (False, True))
+    params = block.init(jax.random.key(0), x, context=context)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
+    alone = Block(block.config, "self mlp").apply({"params": params}, x)
+    np.testing.assert_allclose(left.apply({"params": params}, x), alone, atol=1e-6)
+    assert np.abs(block.apply({"params": params}, x) - alone).max() > 1e-3
+    found = left.apply({"params": params}, x, context=context, context_mask=here)
+    whole = block.apply({"params": params}, x, context=context, context_mask=here)
+    np.testing.assert_allclose(found, np.stack([alone[0], whole[1]]), atol=1e-6)
 
 
 def test_words_make_the_sublayers(rng):
@@ -216,3 +231,28 @@ def test_mlp_keeps_its_shape():
 def test_wrong_block_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         BlockConfig(**change)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("mlp", [None, 12])
+def test_attention_pool_is_its_formula(rng, norm, mlp):
+    x = rng.standard_normal((2, 5, 6)).astype(np.float32)
+    mask = np.asarray([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool)
+    pool = AttentionPool(2, tokens=3, width=8, norm=norm, mlp=mlp, activation="relu", eps=1e-5)
+    params = pool.init(jax.random.key(0), x, mask)["params"]
+    p = jax.tree.map(lambda w: np.asarray(w + 0.1 * rng.standard_normal(w.shape)), params)
+
+    def normal(x, p):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    y, z = np.broadcast_to(p["token"], (2, 3, 8)), x
+    if norm:
+        y, z = normal(y, p["token_norm"]), normal(z, p["context_norm"])
+    c = p["cross"]
+    q, k, v = (np.einsum("bld,dhk->blhk", a, c[n]["kernel"]) + c[n]["bias"] for n, a in (("query", y), ("key", z), ("value", z)))
+    seen = numpy_attention(q, k, v, np.broadcast_to(mask[:, None], (2, 3, 5)))
+    y = np.einsum("blhk,hkd->bld", seen, c["out"]["kernel"]) + c["out"]["bias"]
+    if mlp:
+        h = np.maximum(normal(y, p["mlp_norm"]) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"], 0)
+        y = y + h @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
+    np.testing.assert_allclose(pool.apply({"params": p}, x, mask), y, atol=2e-5)

@@ -49,3 +49,13 @@ def test_masked_mean_is_zero_where_nothing_is_and_ignores_nan():
     assert losses.masked_mean(values, jnp.array([True, True, False])) == 2
     assert losses.masked_mean(values, jnp.zeros(3, bool)) == 0
     assert np.isfinite(jax.grad(lambda v: losses.masked_mean(v, jnp.array([True, True, False])))(values)).all()
+
+
+@pytest.mark.parametrize("mask", [None, [True, False, True, True, False], [False] * 5])
+def test_sigmoid_loss_equals_numpy(rng, mask):
+    image, text = unit(rng, 5, 4), unit(rng, 5, 4)
+    rows = np.arange(5) if mask is None else np.flatnonzero(mask)
+    logits = 3.0 * image[rows] @ text[rows].T - 2.0
+    expected = np.log1p(np.exp(-logits * (2 * np.eye(len(rows)) - 1))).sum() / max(len(rows), 1)
+    value = losses.sigmoid_loss(image, text, 3.0, -2.0, None if mask is None else jnp.array(mask))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)

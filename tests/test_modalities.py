@@ -385,6 +385,7 @@ def test_wav2vec_has_a_token_for_20_ms():
         (Ids(9, 4, position="learnt"), np.zeros((2, 4), int), "did you mean 'learned'"),
         (Features(5, 4), np.zeros((2, 4, 6)), r"shape \(B, L <= 4, 5\), got \(2, 4, 6\)"),
         (Features(5, 4), np.zeros((2, 5, 5)), "L <= 4"),
+        (Features(5, 4, linear=False), np.zeros((2, 4, 5)), "size=5 is not width=8"),
         (Waveform(100, ((10, 10),)), np.zeros((2, 101)), "S <= 100"),
         (Waveform(100, ((10, 10),)), np.zeros((2, 100), int), "floating-point"),
         (Waveform(5, ((10, 10),)), np.zeros((2, 5)), "shorter than one token"),

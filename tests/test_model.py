@@ -91,6 +91,10 @@ def test_embeddings_can_be_left_out(inputs):
     model = build(embed=0)
     out = model.apply(init(model), inputs)
     assert out.embeddings == {} and out.logit_scale is None
+    model = build(logit_scale=None)
+    params = init(model)
+    out = model.apply(params, inputs)
+    assert out.embeddings and out.logit_scale is None and "logit_scale" not in params["params"]
 
 
 def test_dtype_reaches_every_part(inputs):

@@ -79,6 +79,15 @@ def test_sampling_by_corners_is_interpolation_along_both_axes(rng):
             np.testing.assert_allclose(found[0, :, feature].reshape(rows, columns), expected, atol=1e-5)
 
 
+def test_sampling_a_table_smoothly_equals_linear_resampling(rng):
+    table = rng.standard_normal((35, 5)).astype("f")
+    for rows, columns in ((3, 4), (6, 8), (5, 2), (1, 1)):
+        place = P.grid_coordinates((rows, columns))[None]
+        found = P.sample(table, (5, 7), place, np.asarray([[rows, columns]]), smooth=True)
+        expected = jax.image.resize(table.reshape(5, 7, 5), (rows, columns, 5), "linear", antialias=True)
+        np.testing.assert_allclose(found[0], expected.reshape(-1, 5), atol=1e-5)
+
+
 def test_rotary_scores_depend_on_distance_only(rng):
     query, key = (rng.standard_normal((1, 1, 2, 8)).astype("f") for _ in range(2))
 

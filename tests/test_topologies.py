@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 import mmx
 from mmx.errors import InputError
-from mmx.layers import BlockConfig, Line
+from mmx.layers import Block, BlockConfig, Line
 from mmx.layers.positions import distance_buckets
 from mmx.layers.stack import AxesBias, RelativeBias
 from mmx.topologies import (
     BEYOND,
     TOPOLOGIES,
+    Adapt,
     Bottleneck,
     Cross,
     Gather,
@@ -486,6 +487,56 @@ def test_directions_share_one_sublayer(rng):
     for share, block in ((("crosss",), BLOCK), (("cross",), {"image": BLOCK, "text": dataclasses.replace(BLOCK, heads=1)})):
         with pytest.raises(InputError, match="Cross.share"):
             init_stages([dataclasses.replace(stage, share=share, block=block)], streams, rng)
+
+
+def test_self_attention_may_be_one_for_several_streams(rng):
+    """The Q-Former: queries and text see each other, queries alone read the image, each has an MLP of its own."""
+    block = dataclasses.replace(BLOCK, norm="post", skip=True)
+    options = {"edges": {"text": ("image",)}, "steps": ("text", "audio"), "together": ("text", "audio")}
+    stage = Cross(2, block, "self cross mlp self mlp", share=("self",), **options)
+    streams = make_streams(rng, (4, 3, 2))
+    (params,) = init_stages([stage], streams, rng)
+    assert set(params["layers"]["shared"]) == {"self", "self_norm", "self_1", "self_1_norm"}
+    assert set(params["layers"]["audio"]) == {"mlp", "mlp_norm", "mlp_1", "mlp_1_norm"}
+    out = apply_stages([stage], [params], streams)
+    for example in range(2):
+        here = {n: t.values[example][t.mask[example]] for n, t in streams.items()}
+        x, count = np.concatenate([here["text"], here["audio"]]), len(here["text"])
+        for i in range(2):
+            p = {n: reference.layer(params["layers"][n], i) for n in ("shared", "text", "audio")}
+            for end in ("", "_1"):
+                x = post_norm(x, p["shared"], "self", end)
+                text, audio = x[:count], x[count:]
+                if not end and len(here["image"]):
+                    text = post_norm(text, p["text"], "cross", end, here["image"])
+                x = np.concatenate([post_norm(text, p["text"], "mlp", end), post_norm(audio, p["audio"], "mlp", end)])
+        found = [out[n].values[example][np.asarray(streams[n].mask[example])] for n in ("text", "audio")]
+        np.testing.assert_allclose(np.concatenate(found), x, atol=2e-4)
+    with pytest.raises(InputError, match="add 'self' to share"):
+        init_stages([dataclasses.replace(stage, share=())], streams, rng)
+
+
+def post_norm(x, params, kind, end, context=None):
+    """One sublayer of one example, `kind` with the name's `end`."""
+    if not len(x):
+        return x
+    params = {f"{kind}{rest}": params[f"{kind}{end}{rest}"] for rest in ("", "_norm")}
+    block = Block(dataclasses.replace(BLOCK, norm="post"), kind)
+    return np.asarray(block.apply({"params": params}, x[None], context=None if context is None else context[None]))[0]
+
+
+def test_streams_are_adapted_before_they_meet(rng):
+    streams = make_streams(rng, (4, 3, 2))
+    stage = Adapt(("text", "image"), width=6, type=True, norm=1e-5, share=True)
+    (params,) = init_stages([stage], streams, rng)
+    assert set(params) == {"shared_project", "shared_norm", "text_type_bias", "image_type_bias"}
+    out = apply_stages([stage], [params], streams)
+    np.testing.assert_array_equal(out["audio"].values, streams["audio"].values)
+    for name in ("text", "image"):
+        project, norm = params["shared_project"], params["shared_norm"]
+        x = streams[name].values @ project["kernel"] + project["bias"] + params[f"{name}_type_bias"]
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+        np.testing.assert_allclose(out[name].values, x, atol=1e-4)
 
 
 def test_streams_of_cross_may_differ_in_width(rng):

@@ -5,6 +5,7 @@ from mmx.layers.block import MULTIWAY, Block, BlockConfig, sublayer_names
 from mmx.layers.masks import visibility
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import make_norm
+from mmx.layers.pooling import AttentionPool
 from mmx.layers.stack import Stack
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MLP",
     "MULTIWAY",
     "Attention",
+    "AttentionPool",
     "Block",
     "BlockConfig",
     "Line",

@@ -69,6 +69,8 @@ class BlockConfig:
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None
     """Initial value of a learned scale on every residual branch (CaiT); None: no scale."""
+    skip: bool = False
+    """Whether a cross-attention that has nothing to read is left out, norm and all (BLIP); else a post-norm stays."""
     dropout: float = 0.0
     """Dropout rate on every residual branch; acts where a `dropout` key is given."""
     drop_path: float = 0.0
@@ -151,7 +153,7 @@ class Block(nn.Module):
         c = self.config
         attentions, mlps, norms = (self.parts if what in self.multiway else () for what in MULTIWAY)
         for name, kind in sublayer_names(self.sublayers):
-            if only not in (None, name):
+            if only not in (None, name) or (c.skip and kind == "cross" and context is None):
                 continue
 
             def norm(x: jax.Array, name: str = name) -> jax.Array:
@@ -188,8 +190,11 @@ class Block(nn.Module):
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:
                 y = y * self.param(f"{name}_scale", nn.initializers.constant(c.layer_scale), (c.width,)).astype(y.dtype)
-            x = x + self.drop(y, drop_path, name)
-            x = constrain(x if c.norm == "pre" else norm(x), "batch", "length", "stream")
+            y = x + self.drop(y, drop_path, name)
+            y = y if c.norm == "pre" else norm(y)
+            if c.skip and kind == "cross" and context_mask is not None:
+                y = jnp.where(context_mask.any(-1)[:, None, None], y, x)
+            x = constrain(y, "batch", "length", "stream")
         return x
 
     def drop(self, y: jax.Array, drop_path: jax.Array | float, name: str) -> jax.Array:

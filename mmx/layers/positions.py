@@ -57,7 +57,14 @@ def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...]) -> ja
     return jax.image.resize(grid, (*new, grid.shape[-1]), "cubic").reshape(-1, grid.shape[-1]).astype(table.dtype)
 
 
-def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size: jax.Array, corners: bool = False) -> jax.Array:
+def sample(
+    table: jax.Array,
+    grid: tuple[int, int],
+    coordinates: jax.Array,
+    size: jax.Array,
+    corners: bool = False,
+    smooth: bool = False,
+) -> jax.Array:
     """Reads a table of learned positions at any place of images of any size, linearly.
 
     Args:
@@ -66,10 +73,15 @@ def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size
         coordinates: (row, column) of every patch in its own image, `(B, L, 2)`.
         size: rows and columns of that image, `(B, 2)`.
         corners: whether the centres of the corner patches fall on those of the table (ViLT), and not the outer edges.
+        smooth: whether a smaller image reads the mean of more cells, its weights a triangle as wide as one of its own.
 
     Returns:
-        `(B, L, D)`: the same as resampling the table to each image's grid without smoothing.
+        `(B, L, D)`: the same as resampling the table to each image's grid.
     """
+    if smooth:
+        weights = [_triangle(coordinates[..., a], size[:, a, None], cells) for a, cells in enumerate(grid)]  # (B, L, cells)
+        table = table.reshape(*grid, -1)
+        return jnp.einsum("blr,blc,rcd->bld", *weights, table, preferred_element_type=jnp.float32).astype(table.dtype)
     cells = jnp.asarray(grid, jnp.float32)
     size = size[:, None].astype(jnp.float32)
     if corners:
@@ -86,6 +98,15 @@ def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size
         for column, column_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
             out += table[row * grid[1] + column] * (row_share * column_share)[..., None].astype(table.dtype)
     return out
+
+
+def _triangle(place: jax.Array, size: jax.Array, cells: int) -> jax.Array:
+    """How much the place among `size` ones reads of each of the cells: `(...) -> (..., cells)`, rows with sum 1."""
+    scale = cells / jnp.maximum(size, 1).astype(jnp.float32)
+    middle = (place + 0.5) * scale
+    away = jnp.abs(jnp.arange(cells) + 0.5 - middle[..., None])
+    weights = jnp.maximum(1 - away / jnp.maximum(scale, 1)[..., None], 0)
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def rotate(x: jax.Array, coordinates: np.ndarray | jax.Array, base: float) -> jax.Array:

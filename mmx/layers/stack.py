@@ -38,9 +38,9 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
     )
 
 
-def sow_states(layer: nn.Module, states: Any) -> None:
+def sow_states(layer: nn.Module, states: Any, name: str = "states") -> None:
     """Lets who applies a model with `mutable=["intermediates"]` read what a layer leaves, `(depth, B, L, D)` behind the scan."""
-    layer.sow("intermediates", "states", states, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    layer.sow("intermediates", name, states, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def drop_path_rates(depth: int, config: BlockConfig) -> jax.Array:

@@ -16,18 +16,20 @@ from mmx.types import Masked, Tokens
 
 
 class Features(Embedder):
-    """Features `(B, L, size)` -> Tokens `(B, L, D)` through one linear map.
+    """Features `(B, L, size)` -> Tokens `(B, L, D)` through one linear map, or as they are.
 
     Where a region stands is one of its `vectors`: `vectors={"box": 5}`, made by `mmx.layers.positions.box_geometry`.
 
     Args:
         size: numbers of a feature.
         length: most features of an example, L; shorter ones are welcome.
+        linear: whether there is a linear map; without it a feature is of the width of a token.
         position: usually none, since regions have no order; "learned" for clips and frames.
     """
 
     size: int
     length: int
+    linear: bool = True
 
     usual_position = "none"
     reads = ("features",)
@@ -43,7 +45,11 @@ class Features(Embedder):
         if x.ndim != 3 or x.shape[2] != self.size or x.shape[1] > self.length:
             raise InputError(f"{self.name}: expected features of shape (B, L <= {self.length}, {self.size}), got {x.shape}")
         mask = token_mask(mask, x.shape[:2])
-        x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(hide(jnp.asarray(x, self.dtype), mask))
+        x = hide(jnp.asarray(x, self.dtype), mask)
+        if self.linear:
+            x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
+        elif self.size != self.width:
+            raise InputError(f"{self.name}: size={self.size} is not width={self.width}; set linear=True, or change one")
         return self.fuse(x, mask, fields, (x.shape[1],))
 
     def example(self, batch_size: int) -> Masked:

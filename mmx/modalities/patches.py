@@ -95,6 +95,7 @@ class PackedPatches(Embedder):
         grid_size: (rows, columns) of the learned positions, which every image reads at its own resolution.
         channels: C.
         corners: whether the corner patches of every image read the corners of that table (ViLT), and not their edges.
+        smooth: whether images smaller than that grid read it smoothed (SigLIP 2).
     """
 
     length: int
@@ -104,6 +105,7 @@ class PackedPatches(Embedder):
     mean: float = 0.5
     std: float = 0.5
     corners: bool = False
+    smooth: bool = False
 
     reads = ("patches", "place", "extent")
 
@@ -125,7 +127,7 @@ class PackedPatches(Embedder):
         front = len(self.special) if self.special_position else 0
         table = self.param("position", INITIAL, (front + math.prod(self.grid_size), self.width))
         place = fields["place"].astype(jnp.float32)
-        positions = sample(table[front:], self.grid_size, place, fields["extent"], self.corners)
+        positions = sample(table[front:], self.grid_size, place, fields["extent"], self.corners, self.smooth)
         return self.fuse(x, mask, fields, (x.shape[1],), positions, place)
 
     def example(self, batch_size: int) -> Masked:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from mmx.errors import InputError, unknown
 from mmx.layers import BlockConfig
+from mmx.topologies.adapt import Adapt
 from mmx.topologies.bottleneck import bottleneck
 from mmx.topologies.catalogue import list as list
 from mmx.topologies.cross_attention import cross_attention
@@ -47,6 +48,7 @@ __all__ = [
     "BEYOND",
     "FUSED",
     "TOPOLOGIES",
+    "Adapt",
     "Bottleneck",
     "Cross",
     "Gather",

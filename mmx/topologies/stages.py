@@ -19,6 +19,7 @@ FUSED = "fused"  # the name of the stream that summation and gathering leave
 INITIAL = nn.initializers.normal(0.02)
 PLACES = ("own", "continued")
 SHARED = "shared"  # the owner of weights that streams have in common
+TOGETHER = "streams together"  # no modality has such a name
 
 
 class Sum(Stage):
@@ -225,6 +226,8 @@ class Cross(Stage):
             image of ALBEF, BLIP, CoCa). None: all.
         original: read the others as they entered the stage (MulT), not as the layer before left them.
         share: the kinds of sublayers that all streams have in common: `("cross",)` (LXMERT), `("cross", "self", "mlp")`.
+        together: streams whose self-attention is one over all their tokens, with weights in common (queries and text of the
+            Q-Former, arXiv 2301.12597); `share` has to name "self".
     """
 
     depth: int
@@ -234,6 +237,7 @@ class Cross(Stage):
     steps: tuple[str, ...] | None = None
     original: bool = False
     share: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -252,12 +256,15 @@ class Cross(Stage):
         of_owner = {owner[name]: block for name, block in blocks.items()}
         relative = {name: relative_positions(block, f"{name}_relative") for name, block in of_owner.items()}
         sights = {name: relative[owner[name]](sight({name: streams[name]})) for name in active}
+        together = tuple(name for name in active if name in self.together)
+        if together:
+            sights[TOGETHER] = relative[SHARED](sight({name: streams[name] for name in together}))
         entered = {  # a stream without values is read as the layer before left it
             name: tokens if self.original or name not in active else dataclasses.replace(tokens, values=None)
             for name, tokens in streams.items()
         }
         first = next(iter(blocks.values()))
-        layers = scan_layers(_CrossLayer, self.depth, first)(blocks, self.sublayers, sources, owners, name="layers")
+        layers = scan_layers(_CrossLayer, self.depth, first)(blocks, self.sublayers, sources, owners, together, name="layers")
         carry = {name: streams[name].values for name in active}
         rates = {name: drop_path_rates(self.depth, block) for name, block in blocks.items()}
         carry, _ = layers(carry, rates, (sights, entered))
@@ -274,6 +281,8 @@ class Cross(Stage):
         for kind in self.share:
             if kind not in words:
                 raise InputError("Cross.share: " + unknown("sublayer", kind, words))
+        if self.together and "self" not in self.share:
+            raise InputError(f"Cross.together={self.together}: one self-attention has weights in common; add 'self' to share")
         if self.share and len({*blocks.values()}) > 1:
             raise InputError("Cross.share: streams that share weights have one block; give `block` one BlockConfig")
 
@@ -283,6 +292,7 @@ class _CrossLayer(nn.Module):
     sublayers: str
     sources: Mapping[str, tuple[str, ...]]
     owners: Mapping[str, Mapping[str, str]]
+    together: tuple[str, ...]
 
     @nn.compact
     def __call__(
@@ -292,12 +302,24 @@ class _CrossLayer(nn.Module):
         configs = {owner[name]: config for name, config in self.configs.items() for owner in self.owners.values()}
         blocks = {owner: Block(config, self.sublayers, name=owner) for owner, config in configs.items()}
         contexts = {name: self._context(name, values, entered) for name in self.sources}
-        new = dict(values)
+        new, between = dict(values), []
         for sublayer, kind in sublayer_names(self.sublayers):
+            joint = self.together if kind == "self" else ()
+            if joint:
+                lines = {name: Tokens(new[name]) for name in joint}
+                whole = concatenate(lines).values
+                whole = blocks[SHARED](whole, sights[TOGETHER], drop_path=rates[joint[0]], only=sublayer)
+                new |= {name: tokens.values for name, tokens in split(whole, lines).items()}
             for name, context in contexts.items():
+                if name in joint:
+                    continue
                 block = blocks[self.owners[kind][name]]
                 new[name] = block(new[name], sights[name], context.values, context.mask, rates[name], sublayer)
+            if kind == "mlp":
+                between.append(dict(new))
         sow_states(self, new)
+        if len(between) > 1:  # a word of several published layers
+            sow_states(self, between, "between")
         return new, None
 
     def _context(self, name: str, values: Mapping[str, jax.Array], entered: Streams) -> Tokens:

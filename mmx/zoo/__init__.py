@@ -12,13 +12,47 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import audio_spectrogram_transformer, bert, clip, gpt2, layoutlm, layoutlmv3, marian, t5, tapas, vilt, vit, whisper
+from mmx.zoo import (
+    albef,
+    audio_spectrogram_transformer,
+    bert,
+    blip,
+    blip2,
+    clip,
+    gpt2,
+    layoutlm,
+    layoutlmv3,
+    marian,
+    siglip,
+    t5,
+    tapas,
+    vilt,
+    vit,
+    whisper,
+)
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_published, save_pretrained
 from mmx.zoo.transplant import transplant
 
-MODULES = (audio_spectrogram_transformer, bert, clip, gpt2, layoutlm, layoutlmv3, marian, t5, tapas, vilt, vit, whisper)
+MODULES = (
+    albef,
+    audio_spectrogram_transformer,
+    bert,
+    blip,
+    blip2,
+    clip,
+    gpt2,
+    layoutlm,
+    layoutlmv3,
+    marian,
+    siglip,
+    t5,
+    tapas,
+    vilt,
+    vit,
+    whisper,
+)
 FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 

@@ -121,6 +121,7 @@ WITHOUT_EFFECT = frozenset(
         "prefix",
         "problem_type",
         "pruned_heads",
+        "reference_class",
         "remove_invalid_values",
         "repetition_penalty",
         "resid_pdrop",
@@ -136,6 +137,7 @@ WITHOUT_EFFECT = frozenset(
         "suppress_tokens",
         "task_specific_params",
         "temperature",
+        "text_config_dict",
         "tf_legacy_loss",
         "tie_word_embeddings",
         "tokenizer_class",
@@ -152,6 +154,7 @@ WITHOUT_EFFECT = frozenset(
         "use_gumbel_for_aggregation",
         "use_gumbel_for_cells",
         "use_normalized_answer_loss",
+        "vision_config_dict",
     }
 )
 

@@ -1,0 +1,54 @@
+"""The stage that makes streams fit for each other before they meet."""
+
+import dataclasses
+
+import flax.linen as nn
+
+from mmx.layers import make_norm
+from mmx.layers.stack import sow_states
+from mmx.topologies.stage import Stage
+from mmx.topologies.stages import SHARED
+from mmx.types import Streams
+
+
+class Adapt(Stage):
+    """A linear map, a learned vector, a norm, each where it is wanted, token by token.
+
+        Z_m <- Norm(W Z_m + v)
+
+    Args:
+        streams: which ones; None: all.
+        width: of the linear map's output; None: there is no linear map.
+        type: whether there is a vector for each stream, which tells it from others (BridgeTower).
+        norm: eps of a LayerNorm; None: no norm.
+        share: one set of weights for all of them, types aside, instead of one each.
+    """
+
+    streams: tuple[str, ...] | None = None
+    width: int | None = None
+    type: bool = False
+    norm: float | None = None
+    share: bool = False
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        new, modules = dict(streams), {}
+        for name, tokens in streams.items():
+            if self.streams is not None and name not in self.streams:
+                continue
+            x, owner = tokens.values, SHARED if self.share else name
+            if self.width is not None:
+                project = modules.setdefault("project", {})
+                if owner not in project:
+                    project[owner] = nn.Dense(self.width, dtype=x.dtype, name=f"{owner}_project")
+                x = project[owner](x)
+            if self.type:
+                x = x + self.param(f"{name}_type_bias", nn.initializers.normal(0.02), (x.shape[-1],)).astype(x.dtype)
+            if self.norm is not None:
+                norms = modules.setdefault("norm", {})
+                if owner not in norms:
+                    norms[owner] = make_norm("layer", self.norm, x.dtype, f"{owner}_norm")
+                x = norms[owner](x)
+            new[name] = dataclasses.replace(tokens, values=x)
+        sow_states(self, {name: tokens.values for name, tokens in new.items()})
+        return new
