@@ -33,6 +33,12 @@ def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000
     return jnp.pad(out, [(0, 0)] * (out.ndim - 1) + [(0, width - out.shape[-1])])
 
 
+def interleaved(count: int, width: int, base: float = 10_000.0) -> np.ndarray:
+    """Sines and cosines in turns of the places of a line: `(L, D)` (arXiv 1706.03762, 3.5, to the letter; VideoMAE)."""
+    angles = np.arange(count)[:, None] / base ** (np.arange(width) // 2 * 2 / width)
+    return np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles)).astype(np.float32)
+
+
 def fourier(coordinates: np.ndarray | jax.Array, bands: int, resolution: tuple[int, ...]) -> jax.Array:
     """Fourier features of Perceiver (arXiv 2103.03206, 3.2): `(..., A) -> (..., A (2 bands + 1))`.
 
