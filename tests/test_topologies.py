@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ from mmx.topologies import (
 from mmx.topologies.stage import fill_block
 from mmx.topologies.stages import FUSED
 from mmx.types import Tokens
+from mmx.zoo.weights import flat
 
 BLOCK = BlockConfig(width=8, heads=2, mlp=16)
 EVERY = (*TOPOLOGIES, *BEYOND)
@@ -534,6 +536,25 @@ def test_attention_projections_for_each_modality(rng):
     changed["stack"]["layers"]["block"]["self"]["value_text"]["kernel"] += 1
     before, after = apply_stages([multiway], [copy(params)], streams), apply_stages([multiway], [changed], streams)
     assert np.abs(after["image"].values - before["image"].values).max() > 1e-3
+
+
+@pytest.mark.parametrize("stage", [PerStream(2), Cross(2), Bottleneck(2)], ids=lambda s: type(s).__name__)
+def test_every_layer_may_have_relative_positions_of_its_own(stage, rng):
+    """With equal tables in all layers it is one table for all, and not with others."""
+    streams = {name: Tokens(rng.standard_normal((2, 4, 8)).astype("f")) for name in ("image", "text")}
+    shared = stage.clone(block=dataclasses.replace(BLOCK, relative=8))
+    each = stage.clone(block=dataclasses.replace(BLOCK, relative=8, relative_each=True))
+    params, own = (flat(s.init(jax.random.key(0), streams)["params"]) for s in (shared, each))
+    of = {path.replace("layers/", ""): leaf for path, leaf in params.items()}
+    assert set(own) != set(params)
+    own = {path: np.broadcast_to(of[path.replace("layers/", "")], leaf.shape) for path, leaf in own.items()}
+    one, many = (
+        s.apply({"params": unflatten_dict(p, sep="/")}, streams)["text"].values for s, p in ((shared, params), (each, own))
+    )
+    np.testing.assert_allclose(one, many, atol=1e-6)
+    own = {path: 30 * p if "relative/bias" in path else p for path, p in own.items()}
+    other = each.apply({"params": unflatten_dict(own, sep="/")}, streams)["text"].values
+    assert np.abs(other - one).max() > 1e-3
 
 
 def test_relative_positions_on_a_grid(rng):

@@ -58,6 +58,10 @@ class BlockConfig:
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
     relative: int | tuple[int, int] | None = None
     """Relative positions, one table for a stack: the number of T5's buckets, or the grid (rows, columns) of BEiT; None: none."""
+    relative_each: bool = False
+    """Whether every layer has a table of its own (BEiT)."""
+    relative_linear: bool = False
+    """Whether a grid's table is read linearly at another resolution (BEiT), and not cubic and smoothed."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None

@@ -51,12 +51,16 @@ def fourier(coordinates: np.ndarray | jax.Array, bands: int, resolution: tuple[i
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles), x[..., None]], -1).reshape(*x.shape[:-1], -1)
 
 
-def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...]) -> jax.Array:
-    """A table of learned positions for another grid: `(prod(old), D) -> (prod(new), D)`, cubic, smoothed where it shrinks."""
+def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...], linear: bool = False) -> jax.Array:
+    """A table of learned positions for another grid: `(prod(old), D) -> (prod(new), D)`, cubic, smoothed where it shrinks.
+
+    With `linear`, neighbours are mixed by their distance, and nothing is smoothed.
+    """
     if old == new:
         return table
     grid = table.reshape(*old, -1)
-    return jax.image.resize(grid, (*new, grid.shape[-1]), "cubic").reshape(-1, grid.shape[-1]).astype(table.dtype)
+    resized = jax.image.resize(grid, (*new, grid.shape[-1]), "linear" if linear else "cubic", antialias=not linear)
+    return resized.reshape(-1, grid.shape[-1]).astype(table.dtype)
 
 
 def sample(table: jax.Array, grid: tuple[int, int], coordinates: jax.Array, size: jax.Array) -> jax.Array:

@@ -56,7 +56,8 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rate: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, None]:
         block = Block(self.config, self.sublayers, self.parts, self.multiway, name="block")
-        x = block(x, *shared, drop_path=rate)
+        sight, *rest = shared
+        x = block(x, relative_positions(self.config, each=True)(sight), *rest, drop_path=rate)
         sow_states(self, x)
         return x, None
 
@@ -93,11 +94,14 @@ class Stack(nn.Module):
         return x
 
 
-def relative_positions(config: BlockConfig, name: str = "relative") -> Callable[[Sight], Sight]:
-    """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as one submodule."""
-    if not config.relative:
+def relative_positions(config: BlockConfig, name: str = "relative", each: bool = False) -> Callable[[Sight], Sight]:
+    """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as one submodule.
+
+    It is asked for once before the layers, and in each of them with `each`.
+    """
+    if not config.relative or config.relative_each != each:
         return lambda sight: sight
-    bias = RelativeBias(config.relative, config.heads, name=name)
+    bias = RelativeBias(config.relative, config.heads, config.relative_linear, name=name)
     return lambda sight: dataclasses.replace(sight, bias=bias(sight.lines))
 
 
@@ -111,6 +115,7 @@ class RelativeBias(nn.Module):
 
     relative: int | tuple[int, int]
     heads: int
+    linear: bool = False
 
     @nn.compact
     def __call__(self, lines: Sequence[Line]) -> jax.Array:
@@ -135,7 +140,7 @@ class RelativeBias(nn.Module):
         if line.grid is None or len(line.grid) != 2:
             return jnp.zeros((self.heads, line.length, line.length))
         rows, columns = line.grid
-        offsets = resample(table[:-3], (2 * grid[0] - 1, 2 * grid[1] - 1), (2 * rows - 1, 2 * columns - 1))
+        offsets = resample(table[:-3], (2 * grid[0] - 1, 2 * grid[1] - 1), (2 * rows - 1, 2 * columns - 1), self.linear)
         where = grid_coordinates(line.grid).astype(int)
         away = where[:, None] - where[None, :] + (rows - 1, columns - 1)  # (L, L, 2)
         index = np.full((line.length, line.length), len(offsets))  # a special token reads,

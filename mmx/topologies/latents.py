@@ -69,6 +69,8 @@ class _BottleneckLayer(nn.Module):
         context: tuple[dict[str, Sight], dict[str, jax.Array]],
     ) -> tuple[tuple[dict[str, jax.Array], jax.Array], None]:
         (values, shared), (sights, writes) = carry, context
+        relative = {o: relative_positions(self.config, f"{o}_relative", each=True) for o in dict.fromkeys(self.owners.values())}
+        sights = {name: relative[owner](sights[name]) for name, owner in self.owners.items()}
         blocks = {o: Block(self.config, self.sublayers, name=o) for o in dict.fromkeys(self.owners.values())}
         new, written, writers = {}, jnp.zeros_like(shared), jnp.zeros((), shared.dtype)
         for name, owner in self.owners.items():
