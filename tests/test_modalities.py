@@ -175,6 +175,28 @@ def test_special_tokens_stand_in_front(rng):
     assert tokens.coordinates.shape == (6, 2)
 
 
+def test_what_is_hidden_and_what_is_kept(rng):
+    """A mask token takes the place of an embedding before its position is added; kept tokens stand where they stood."""
+    module = Patches((8, 12), (4, 4), special=("class",), mask_token=True, width=8)
+    image, hidden = rng.standard_normal((2, 8, 12, 3)).astype("f"), rng.integers(0, 2, (2, 6))
+    params = module.init(jax.random.key(0), image)["params"]
+    params = {**params, "mask_token": rng.standard_normal(8).astype("f")}
+    whole = module.apply({"params": params}, image)
+    some = module.apply({"params": params}, {"image": image, "hidden": hidden})
+    expected = np.where(hidden[..., None], params["mask_token"] + params["position"], whole.values[:, 1:])
+    np.testing.assert_allclose(some.values[:, 1:], expected, atol=1e-6)
+    kept = np.asarray([[4, 0, 1], [5, 2, 3]])
+    few = module.apply({"params": params}, Masked({"image": image, "kept": kept}, np.asarray([True, False])))
+    np.testing.assert_array_equal(few.values[0], np.asarray(whole.values)[0, [0, 5, 1, 2]])
+    assert not few.values[1].any() and few.mask.tolist() == [[True] * 4, [False] * 4]
+    np.testing.assert_array_equal(few.coordinates[:, 1:], np.stack(np.divmod(kept, 3), -1))
+    row = Ids(9, 5, width=8)
+    tokens, _ = row.init_with_output(jax.random.key(0), {"ids": np.ones((2, 5), int), "kept": kept[:, ::-1] % 5})
+    np.testing.assert_array_equal(tokens.coordinates[..., 0], kept[:, ::-1] % 5)
+    with pytest.raises(InputError, match="set mask_token=True"):
+        row.init(jax.random.key(0), {"ids": np.ones((2, 5), int), "hidden": np.ones((2, 5))})
+
+
 def test_positions_follow_another_resolution(rng):
     small, large = (rng.integers(0, 255, (1, n, n, 3)).astype(np.uint8) for n in (8, 16))
     module = Patches((8, 8), (4, 4), resize=True, width=8)

@@ -17,8 +17,9 @@ from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "interleaved", "fourier", "none")
-PLACE = "place"
-RESERVED = ("token", "position", PLACE, "special", "norm", "patch", "linear", "pen")  # names of parameters
+PLACE, KEPT, HIDDEN = "place", "kept", "hidden"
+BESIDE = (PLACE, KEPT, HIDDEN)  # what the raw value of any embedder may tell beside what is embedded
+RESERVED = ("token", "position", *BESIDE, "special", "mask_token", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -28,8 +29,11 @@ class Embedder(nn.Module, kw_only=True):
         token + position + sum of tables + sum of vectors + type (survey 3.1.1, "token embedding fusion")
 
     The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
-    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold `place (B, L)`: which of the
-    learned positions each token has; without it, its own place in the row.
+    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold
+
+        place (B, L)    which of the learned positions each token has; without it, its own place in the row
+        kept (B, K)     which tokens go on, and in which order (MAE); without it, all
+        hidden (B, L)   where the mask token stands instead of the embedding (BEiT), if there is one
 
     Args:
         width: size of a token, D; None: the model's.
@@ -42,6 +46,7 @@ class Embedder(nn.Module, kw_only=True):
             mapped linearly.
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
         special_position: whether the learned positions begin with one for each special token (ViT).
+        mask_token: whether there is a learned token for what is hidden.
         type: whether a learned vector tells the modality (ViLT, FLAVA).
         norm: eps of a LayerNorm on the sum (BERT: 1e-12); None: no norm.
         dtype: type of the computation.
@@ -53,6 +58,7 @@ class Embedder(nn.Module, kw_only=True):
     vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     special: tuple[str, ...] = ()
     special_position: bool = False
+    mask_token: bool = False
     type: bool = False
     norm: float | None = None
     dtype: Any = "float32"
@@ -78,7 +84,7 @@ class Embedder(nn.Module, kw_only=True):
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
         wanted = (*self.reads, *self.tables, *self.vectors)
         for name in given:
-            if name not in (*wanted, PLACE):
+            if name not in (*wanted, *BESIDE):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
@@ -113,6 +119,11 @@ class Embedder(nn.Module, kw_only=True):
             coordinates: likewise where tokens stand, `(B, L, A)`.
         """
         grid = grid or self.grid
+        if self.mask_token:
+            token = self.param("mask_token", INITIAL, (self.width,)).astype(self.dtype)
+            values = jnp.where(fields[HIDDEN][..., None] != 0, token, values) if HIDDEN in fields else values
+        elif HIDDEN in fields:
+            raise InputError(f"{self.name}: {HIDDEN} is given, but there is no mask token; set mask_token=True")
         if positions is None:
             positions = self._positions(grid, fields.get(PLACE))
         if positions is not None:
@@ -126,6 +137,8 @@ class Embedder(nn.Module, kw_only=True):
             values = values + nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
         if coordinates is None and len(grid) > 1:
             coordinates = grid_coordinates(grid)
+        if KEPT in fields:
+            values, mask, coordinates = self._keep(fields[KEPT], values, mask, coordinates)
         if self.special:
             values, mask, coordinates = self._put_in_front(values, mask, coordinates)
         if self.type:
@@ -155,6 +168,13 @@ class Embedder(nn.Module, kw_only=True):
             return table[place]
         table = table[front:]
         return table[: grid[0]] if len(grid) == 1 and grid <= self.grid else resample(table, self.grid, grid)
+
+    def _keep(self, kept: jax.Array, values: jax.Array, mask: jax.Array | None, coordinates: Any) -> tuple[jax.Array, Any, Any]:
+        """The tokens of the given numbers `(B, K)`, which stand where they stood."""
+        where = jnp.arange(values.shape[1])[:, None] if coordinates is None else jnp.asarray(coordinates)
+        where = jnp.broadcast_to(where, (len(values), *where.shape[-2:]))
+        values, where = (jnp.take_along_axis(x, kept[..., None], 1) for x in (values, where))
+        return values, None if mask is None else jnp.take_along_axis(mask, kept, 1), where
 
     def _put_in_front(
         self, values: jax.Array, mask: jax.Array | None, coordinates: Any

@@ -65,9 +65,7 @@ class Patches(Embedder):
             raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
         x = normalise(image, self.mean, self.std, self.dtype)
         grid = self._grid_of(size)
-        x = x.reshape(-1, *[n for pair in zip(grid, self.patch, strict=True) for n in pair], self.channels)
-        axes = range(1, 2 * len(grid), 2)
-        x = x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(image), math.prod(grid), -1)  # (B, L, pixels)
+        x = cut(x, self.patch)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
         x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
         return self.fuse(x, mask, fields, grid)
@@ -126,6 +124,14 @@ class PackedPatches(Embedder):
         patches = jnp.zeros((*shape, math.prod(self.patch) * self.channels), jnp.uint8)
         arrays = {"patches": patches, "place": jnp.zeros((*shape, 2), jnp.int32), "extent": jnp.ones((batch_size, 2), jnp.int32)}
         return Masked(self.with_tables(arrays, batch_size), jnp.ones(shape, bool))
+
+
+def cut(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
+    """Images `(B, *size, C)` -> their patches, row by row: `(B, L, pixels)`."""
+    grid = [size // side for size, side in zip(images.shape[1:-1], patch, strict=True)]
+    x = images.reshape(len(images), *[n for pair in zip(grid, patch, strict=True) for n in pair], images.shape[-1])
+    axes = range(1, 2 * len(grid), 2)
+    return x.transpose(0, *axes, *(a + 1 for a in axes), x.ndim - 1).reshape(len(images), math.prod(grid), -1)
 
 
 def normalise(image: jax.Array, mean: float, std: float, dtype: Any) -> jax.Array:
