@@ -49,3 +49,15 @@ def test_masked_mean_is_zero_where_nothing_is_and_ignores_nan():
     assert losses.masked_mean(values, jnp.array([True, True, False])) == 2
     assert losses.masked_mean(values, jnp.zeros(3, bool)) == 0
     assert np.isfinite(jax.grad(lambda v: losses.masked_mean(v, jnp.array([True, True, False])))(values)).all()
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_reconstruction_loss_counts_what_was_removed(rng, normalised):
+    predicted, pixels = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
+    removed = np.asarray([[True, False, True], [False, True, False]])
+    target = pixels
+    if normalised:
+        target = (pixels - pixels.mean(-1, keepdims=True)) / np.sqrt(pixels.var(-1, ddof=1, keepdims=True) + 1e-6)
+    expected = np.square(predicted - target)[removed].mean()
+    value = losses.reconstruction_loss(predicted, pixels, jnp.array(removed), normalised)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
