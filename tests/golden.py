@@ -9,9 +9,10 @@ gave which output). Nothing of a model is here: only which call has which name.
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors.numpy
@@ -21,6 +22,19 @@ import mmx
 TOLERANCE = 2e-5  # x max(1, largest value)
 
 
+Arrays: TypeAlias = Mapping[str, np.ndarray]
+
+
+def without(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: all of the first one but these."""
+    return lambda inputs: {name: x for name, x in inputs.items() if name not in names and "." not in name}
+
+
+def zeros(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: these are all zeros, and labels are left out."""
+    return lambda inputs: {n: np.zeros_like(x) if n in names else x for n, x in without("labels")(inputs).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Class:
     """Names of one published class: of the family, where config.json tells none, and of outputs, recorded name -> ours."""
@@ -28,9 +42,18 @@ class Class:
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
+    calls: Mapping[str, Callable[[Arrays], Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    # further calls: what the names of their recorded outputs begin with, and their inputs made from all that are stored
+    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # further calls with another configuration: what the names of their outputs begin with, and the fields that differ
 
 
 CLASSES = {
+    "BeitForMaskedImageModeling": Class(calls={"unmasked_": zeros("bool_masked_pos")}),
+    "ViTMAEForPreTraining": Class(
+        rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
+        configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
+    ),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
@@ -50,14 +73,34 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
     given = {name: value for name, value in inputs.items() if "." not in name}
-    fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
+    fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
+    for prefix, inputs_of in names.calls.items():
+        fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
+    for prefix, change in names.configs.items():
+        fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in ("pixel_values", "input_features")}
         steps = recorded["generate.logits"].shape[1]
         made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
-        fields |= {f"generate.{name}": value for name, value in flatten(made).items()}
-    return {name: np.asarray(fields[ours(name, names.rename)]) for name in recorded if ours(name, names.rename) in fields}
+        fields["generate."] = flatten(made)
+    found = {}
+    for name in recorded:
+        prefix = max((p for p in fields if name.startswith(p)), key=len)
+        field = ours(name.removeprefix(prefix), names.rename)
+        if field in fields[prefix]:
+            found[name] = np.asarray(fields[prefix][field])
+    return found
+
+
+def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo.Pretrained:
+    """The weights of a folder with some fields of its configuration changed."""
+    with tempfile.TemporaryDirectory() as other:
+        for path in folder.glob("*.safetensors"):
+            (Path(other) / path.name).symlink_to(path.resolve())
+        fields = json.loads((folder / "config.json").read_text())
+        (Path(other) / "config.json").write_text(json.dumps({**fields, **change}))
+        return mmx.load_pretrained(other, family=family)
 
 
 def class_of(folder: Path) -> str:
