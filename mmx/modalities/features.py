@@ -23,11 +23,13 @@ class Features(Embedder):
     Args:
         size: numbers of a feature.
         length: most features of an example, L; shorter ones are welcome.
+        linear: whether there is a linear map; False: features are tokens already, of the model's width.
         position: usually none, since regions have no order; "learned" for clips and frames.
     """
 
     size: int
     length: int
+    linear: bool = True
 
     usual_position = "none"
     reads = ("features",)
@@ -43,7 +45,11 @@ class Features(Embedder):
         if x.ndim != 3 or x.shape[2] != self.size or x.shape[1] > self.length:
             raise InputError(f"{self.name}: expected features of shape (B, L <= {self.length}, {self.size}), got {x.shape}")
         mask = token_mask(mask, x.shape[:2])
-        x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(hide(jnp.asarray(x, self.dtype), mask))
+        x = hide(jnp.asarray(x, self.dtype), mask)
+        if self.linear:
+            x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
+        elif self.size != self.width:
+            raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
         return self.fuse(x, mask, fields, (x.shape[1],))
 
     def example(self, batch_size: int) -> Masked:
