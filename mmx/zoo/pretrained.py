@@ -219,6 +219,8 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     folder.mkdir(parents=True, exist_ok=True)
     family = pretrained.family
     weights, _ = _weights(family, pretrained.config, pretrained.model)
+    if not pretrained.heads:  # the bare model, whose names have no prefix
+        weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
     weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
     fields = {**pretrained.extra, **to_published(pretrained.config), "model_type": family.name}
     with writing(folder / "config.json") as path:
