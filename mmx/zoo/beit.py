@@ -1,4 +1,4 @@
-"""BEiT (arXiv 2106.08254): a ViT with positions relative on the grid of patches and scaled residuals, which names what is hidden."""
+"""BEiT (arXiv 2106.08254): a ViT with relative positions on the grid of patches and scaled residuals."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
