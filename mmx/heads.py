@@ -3,18 +3,23 @@
 A head is called as `head(streams, pooled, modalities)`; it returns None where what it reads is absent from the batch.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import ACTIVATIONS, AttentionPool, make_norm
+from mmx.layers import ACTIVATIONS, AttentionPool, BlockConfig, Stack, make_norm
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
+
+INITIAL = nn.initializers.normal(0.02)
 
 
 def mean_pool(tokens: Tokens) -> jax.Array:
@@ -56,7 +61,7 @@ class Pooler(nn.Module):
     Args:
         token: which token it is: "first" (a class token), "last", or "end" (the first one with the id `end`, or, if that is
             None, with the highest id, as in OpenAI's CLIP); or "mean", of the tokens that exist; or "special", the mean of the
-            learned ones in front (AST).
+            learned ones in front (AST); or "content", the mean of the others (BEiT).
         end: the id of the end of a text.
         norm: eps of a LayerNorm on it; None: no norm.
         size: of a dense layer behind it; None: no dense layer.
@@ -82,12 +87,16 @@ class Pooler(nn.Module):
     def _choose(self, tokens: Tokens, raw: Any) -> jax.Array:
         if self.token == "mean":
             return mean_pool(tokens)
+        count = len(tokens.special)
         if self.token == "special":
-            return tokens.values[:, : len(tokens.special)].mean(1)
+            return tokens.values[:, :count].mean(1)
+        if self.token == "content":
+            return mean_pool(Tokens(tokens.values[:, count:], None if tokens.mask is None else tokens.mask[:, count:]))
         if self.token in ("first", "last"):
             return tokens.values[:, 0 if self.token == "first" else -1]
         if self.token != "end":
-            raise InputError("pooler: " + unknown("token", self.token, ("first", "last", "end", "mean", "special")))
+            known = ("first", "last", "end", "mean", "special", "content")
+            raise InputError("pooler: " + unknown("token", self.token, known))
         raw, _ = unmask(raw)
         ids = raw["ids"] if isinstance(raw, Mapping) else raw
         at = (ids if self.end is None else ids == self.end).argmax(-1)  # the first of the highest
@@ -167,6 +176,44 @@ class TokenClassifier(nn.Module):
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+
+
+class Reconstruction(nn.Module):
+    """What every token of a modality was, from those that were kept: `(B, L, size)` float32 (MAE, arXiv 2111.06377).
+
+    A stack of its own reads the stream's tokens and a learned one wherever none was kept, each with a learned position.
+
+    Args:
+        modality: whose tokens.
+        size: numbers of an answer, such as the pixels of a patch.
+        depth: layers.
+        block: of these layers.
+    """
+
+    modality: str
+    size: int
+    depth: int
+    block: BlockConfig
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
+    ) -> jax.Array | None:
+        if self.modality not in streams:
+            return None
+        tokens, grid = streams[self.modality], modalities[self.modality].grid  # type: ignore[attr-defined]
+        block, count, length = dataclasses.replace(self.block, dtype=self.dtype), len(tokens.special), math.prod(grid)
+        x = nn.Dense(block.width, dtype=self.dtype, name="project")(tokens.values)
+        x, special = x[:, count:], x[:, :count]
+        strides = np.append(np.cumprod(grid[:0:-1])[::-1], 1)
+        where = np.arange(x.shape[1]) if tokens.coordinates is None else tokens.coordinates[..., count:, :] @ strides
+        where = jnp.broadcast_to(jnp.asarray(where, jnp.int32), x.shape[:2])
+        token = self.param("token", INITIAL, (1, block.width)).astype(x.dtype)
+        full = jnp.broadcast_to(token, (len(x), length, block.width)).at[jnp.arange(len(x))[:, None], where].set(x)
+        position = self.param("position", INITIAL, (count + length, block.width)).astype(x.dtype)
+        x = Stack(self.depth, block, name="stack")(jnp.concatenate([special, full], 1) + position)[:, count:]
+        return nn.Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
 
 
 class TiedDecoder(nn.Module):

@@ -67,6 +67,19 @@ def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."], labe
     return normalizer - target
 
 
+def reconstruction_loss(
+    predicted: Float[Array, "B L P"], pixels: Float[Array, "B L P"], removed: Bool[Array, "B L"], normalised: bool = False
+) -> Float[Array, ""]:
+    """The mean squared distance of the patches that were removed (MAE, arXiv 2111.06377, 3).
+
+    With `normalised`, each patch is first brought to mean 0 and variance 1, of its P - 1 degrees of freedom.
+    """
+    if normalised:
+        variance = pixels.var(-1, keepdims=True, ddof=1)
+        pixels = (pixels - pixels.mean(-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
+    return masked_mean(jnp.square(predicted - pixels).mean(-1), removed)
+
+
 def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
     """The mean over the entries where `mask` is True; 0 where there is none."""
     return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)

@@ -9,6 +9,7 @@ gave which output). Nothing of a model is here: only which call has which name.
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +30,11 @@ def without(*names: str) -> Callable[[Arrays], Arrays]:
     return lambda inputs: {name: x for name, x in inputs.items() if name not in names and "." not in name}
 
 
+def zeros(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: these are all zeros, and labels are left out."""
+    return lambda inputs: {n: np.zeros_like(x) if n in names else x for n, x in without("labels")(inputs).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Class:
     """Names of one published class: of the family, where config.json tells none, and of outputs, recorded name -> ours."""
@@ -39,6 +45,8 @@ class Class:
     source: tuple[str, ...] = ("pixel_values", "input_features")  # the inputs of the call that are given to generation too
     calls: Mapping[str, Callable[[Arrays], Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     # further calls: what the names of their recorded outputs begin with, and their inputs made from all that are stored
+    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # further calls with another configuration: what the names of their outputs begin with, and the fields that differ
 
 
 SIGLIP = {
@@ -68,6 +76,11 @@ CLASSES = {
                 "query_length": 0,
             },
         }
+    ),
+    "BeitForMaskedImageModeling": Class(calls={"unmasked_": zeros("bool_masked_pos")}),
+    "ViTMAEForPreTraining": Class(
+        rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
+        configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
     ),
     "CLIPModel": Class(
         rename={
@@ -100,6 +113,8 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
     for prefix, inputs_of in names.calls.items():
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
+    for prefix, change in names.configs.items():
+        fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in names.source}
@@ -113,6 +128,16 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
         if field in fields[prefix]:
             found[name] = np.asarray(fields[prefix][field])
     return found
+
+
+def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo.Pretrained:
+    """The weights of a folder with some fields of its configuration changed."""
+    with tempfile.TemporaryDirectory() as other:
+        for path in folder.glob("*.safetensors"):
+            (Path(other) / path.name).symlink_to(path.resolve())
+        fields = json.loads((folder / "config.json").read_text())
+        (Path(other) / "config.json").write_text(json.dumps({**fields, **change}))
+        return mmx.load_pretrained(other, family=family)
 
 
 def class_of(folder: Path) -> str:

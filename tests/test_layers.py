@@ -256,3 +256,36 @@ def test_attention_pool_is_its_formula(rng, norm, mlp):
         h = np.maximum(normal(y, p["mlp_norm"]) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"], 0)
         y = y + h @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
     np.testing.assert_allclose(pool.apply({"params": p}, x, mask), y, atol=2e-5)
+
+
+def numpy_norm(x, params, eps=1e-6):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * params["scale"] + params["bias"]
+
+
+@pytest.mark.parametrize("context_norm", [None, "own", "shared"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_cross_attention_by_the_formula(rng, context_norm, residual):
+    """Values of another size than keys, a context of another width, its norm, and an answer that takes the query's place."""
+    width = 8 if context_norm == "shared" else 5
+    config = dataclasses.replace(SMALL, head_size=3, value_size=6, context_norm=context_norm, cross_residual=residual)
+    x, context = rng.standard_normal((2, 3, 8)).astype("f"), rng.standard_normal((2, 4, width)).astype("f")
+    block = Block(config, "cross")
+    params = block.init(jax.random.key(0), x, context=context)["params"]
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), params)
+    assert ("cross_context_norm" in params) == (context_norm == "own")
+    norms = {None: lambda y: y, "own": lambda y: numpy_norm(y, params["cross_context_norm"])}
+    read = norms.get(context_norm, lambda y: numpy_norm(y, params["cross_norm"]))(context)
+    weights = params["cross"]
+    query, key, value = (
+        np.einsum("bld,dhk->blhk", y, weights[name]["kernel"]) + weights[name]["bias"]
+        for name, y in (("query", numpy_norm(x, params["cross_norm"])), ("key", read), ("value", read))
+    )
+    out = np.stack([numpy_attention(query, key, value[..., i : i + 3], np.ones((2, 3, 4), bool)) for i in (0, 3)], -2)
+    out = np.einsum("blhk,hkd->bld", out.reshape(2, 3, 2, 6), weights["out"]["kernel"]) + weights["out"]["bias"]
+    np.testing.assert_allclose(block.apply({"params": params}, x, context=context), x * residual + out, atol=2e-4)
+
+
+def test_a_context_has_a_norm_that_there_is():
+    for wrong in ({"context_norm": "both"}, {"context_norm": "shared", "norm": "post"}):
+        with pytest.raises(InputError, match="context_norm"):
+            dataclasses.replace(SMALL, **wrong)

@@ -59,3 +59,15 @@ def test_sigmoid_loss_equals_numpy(rng, mask):
     expected = np.log1p(np.exp(-logits * (2 * np.eye(len(rows)) - 1))).sum() / max(len(rows), 1)
     value = losses.sigmoid_loss(image, text, 3.0, -2.0, None if mask is None else jnp.array(mask))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_reconstruction_loss_counts_what_was_removed(rng, normalised):
+    predicted, pixels = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
+    removed = np.asarray([[True, False, True], [False, True, False]])
+    target = pixels
+    if normalised:
+        target = (pixels - pixels.mean(-1, keepdims=True)) / np.sqrt(pixels.var(-1, ddof=1, keepdims=True) + 1e-6)
+    expected = np.square(predicted - target)[removed].mean()
+    value = losses.reconstruction_loss(predicted, pixels, jnp.array(removed), normalised)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

@@ -211,6 +211,14 @@ def test_what_is_hidden_and_what_is_kept(rng):
         row.init(jax.random.key(0), {"ids": np.ones((2, 5), int), "hidden": np.ones((2, 5))})
 
 
+def test_features_may_be_tokens_already(rng):
+    x = rng.standard_normal((2, 3, 8)).astype("f")
+    tokens = Features(8, 4, linear=False, width=8).apply({}, Masked(x, np.asarray([[1, 1, 0], [1, 1, 1]], bool)))
+    np.testing.assert_array_equal(tokens.values, x * np.asarray([[1, 1, 0], [1, 1, 1]])[..., None])
+    with pytest.raises(InputError, match="set linear=True"):
+        Features(8, 4, linear=False, width=9).apply({}, x)
+
+
 def test_positions_follow_another_resolution(rng):
     small, large = (rng.integers(0, 255, (1, n, n, 3)).astype(np.uint8) for n in (8, 16))
     module = Patches((8, 8), (4, 4), resize=True, width=8)

@@ -7,7 +7,8 @@ import pytest
 
 import mmx
 from mmx.errors import InputError
-from mmx.heads import Classifier, Pooler, TiedDecoder, TokenClassifier
+from mmx.heads import Classifier, Pooler, Reconstruction, TiedDecoder, TokenClassifier
+from mmx.layers import BlockConfig
 from mmx.modalities import Ids, Patches
 from mmx.topologies import TOPOLOGIES, cross_attention, early_concatenation
 from mmx.types import Tokens
@@ -196,3 +197,36 @@ def test_a_classifier_of_tokens_is_its_formula(rng):
     expected = h @ p["classifier"]["kernel"] + p["classifier"]["bias"]
     np.testing.assert_allclose(head.apply(params, streams, {}, {}), expected, atol=1e-4)
     assert head.apply(params, {}, {}, {}) is None
+
+
+def test_reconstruction_puts_tokens_where_they_stood(rng):
+    """Without layers: the projected token and its position where it was kept, the learned token elsewhere."""
+    grid, kept = (2, 3), np.asarray([[4, 0], [5, 2]])
+    where = np.concatenate([np.zeros((2, 1, 2)), np.stack(np.divmod(kept, 3), -1)], 1)
+    values = rng.standard_normal((2, 3, 8)).astype("f")
+    streams = {"image": Tokens(values, coordinates=jnp.asarray(where), special=("class",))}
+    head = Reconstruction("image", 5, 0, BlockConfig(width=4, heads=2))
+    modalities = {"image": Patches((8, 12), (4, 4))}
+    params = jax.tree.map(
+        lambda p: rng.standard_normal(p.shape).astype("f"), head.init(jax.random.key(0), streams, {}, modalities)["params"]
+    )
+    answer = head.apply({"params": params}, streams, {}, modalities)
+    full = np.broadcast_to(params["token"], (2, 6, 4)).copy()
+    projected = values @ params["project"]["kernel"] + params["project"]["bias"]
+    full[np.arange(2)[:, None], kept] = projected[:, 1:]
+    full = full + params["position"][1:]
+    expected = full @ params["projection"]["kernel"] + params["projection"]["bias"]
+    np.testing.assert_allclose(answer, expected, atol=1e-5)
+    assert grid == modalities["image"].grid and head.apply({"params": params}, {}, {}, modalities) is None
+
+
+def test_a_class_for_every_token_and_the_mean_of_the_content(rng):
+    tokens = Tokens(rng.standard_normal((2, 3, 8)).astype("f"), np.asarray([[1, 1, 0], [1, 1, 1]], bool), special=("class",))
+    head = TokenClassifier(5, "image", activation="tanh", norm=1e-6)
+    logits, variables = head.init_with_output(jax.random.key(0), {"image": tokens}, {}, {})
+    params = variables["params"]
+    x = np.tanh(tokens.values @ params["transform"]["kernel"])
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(logits, x @ params["classifier"]["kernel"], atol=1e-5)
+    pooled = Pooler("content").apply({}, tokens, None)
+    np.testing.assert_allclose(pooled, [tokens.values[0, 1], tokens.values[1, 1:].mean(0)], atol=1e-6)

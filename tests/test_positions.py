@@ -23,6 +23,14 @@ def test_sincos_is_the_formula():
     np.testing.assert_allclose(P.sincos(np.asarray([[4000]]), 6)[0], [*np.sin(far), *np.cos(far)], atol=1e-7)
 
 
+def test_interleaved_is_the_formula():
+    table = P.interleaved(2000, 6)
+    for place in (0, 5, 1999):
+        for k in range(6):
+            angle = place / 10_000 ** (2 * (k // 2) / 6)
+            np.testing.assert_allclose(table[place, k], (np.sin, np.cos)[k % 2](angle), atol=1e-7)
+
+
 @pytest.mark.parametrize("grid", [(5,), (3, 4), (2, 3, 4)])
 def test_sincos_gives_each_axis_its_share(grid):
     coordinates, width = P.grid_coordinates(grid), 26

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ from mmx.topologies import (
 from mmx.topologies.stage import fill_block
 from mmx.topologies.stages import FUSED
 from mmx.types import Tokens
+from mmx.zoo.weights import flat
 
 BLOCK = BlockConfig(width=8, heads=2, mlp=16)
 EVERY = (*TOPOLOGIES, *BEYOND)
@@ -645,6 +647,47 @@ def test_gathering_is_the_formula(rng):
     np.testing.assert_array_equal(plain[FUSED].values, streams["text"].values)
     with pytest.raises(InputError, match="5 tokens, but positions=4"):
         Gather(positions=4).init(jax.random.key(0), streams)
+
+
+def test_latent_tokens_leave_and_answer_at_learned_places(rng):
+    """Blocks gone through again are the same layers twice; a stream that is not answered ends; widths are as they come."""
+    streams = {name: Tokens(rng.standard_normal((2, 4, 6)).astype("f")) for name in ("image", "text")}
+    reply = BlockConfig(width=4, heads=2, cross_residual=False)
+    once = Latent(2, 3, BLOCK, answer=reply, queries={"text": 5})
+    params = once.init(jax.random.key(0), streams)["params"]
+    assert params["text_query"].shape == (5, 4) and params["read"]["cross"]["key"]["kernel"].shape == (6, 2, 4)
+    out = once.apply({"params": params}, streams)
+    assert {name: t.values.shape for name, t in out.items()} == {"latent": (2, 3, 8), "text": (2, 5, 4)}
+    twice, four = once.clone(blocks=2), once.clone(depth=4)
+    assert jax.tree.map(jnp.shape, twice.init(jax.random.key(0), streams)["params"]) == jax.tree.map(jnp.shape, params)
+    double = jax.tree.map(lambda p: jnp.concatenate([p, p]), params["stack"]["layers"])
+    straight = BLOCK if not BLOCK.ends_with_norm else dataclasses.replace(BLOCK, final_norm=False)
+    bare = {**params, "stack": {"layers": params["stack"]["layers"]}}
+    a, states = twice.clone(block=straight).apply({"params": bare}, streams, mutable=["intermediates"])
+    b = four.clone(block=straight).apply({"params": {**params, "stack": {"layers": double}}}, streams)
+    for name in a:
+        np.testing.assert_allclose(a[name].values, b[name].values, atol=1e-5)
+    assert states["intermediates"]["stack"]["layers"]["states"].shape == (2, 2, 2, 3, 8)
+    assert list(once.clone(queries={}).apply({"params": params}, streams)) == ["latent"]
+
+
+@pytest.mark.parametrize("stage", [PerStream(2), Cross(2), Bottleneck(2)], ids=lambda s: type(s).__name__)
+def test_every_layer_may_have_relative_positions_of_its_own(stage, rng):
+    """With equal tables in all layers it is one table for all, and not with others."""
+    streams = {name: Tokens(rng.standard_normal((2, 4, 8)).astype("f")) for name in ("image", "text")}
+    shared = stage.clone(block=dataclasses.replace(BLOCK, relative=8))
+    each = stage.clone(block=dataclasses.replace(BLOCK, relative=8, relative_each=True))
+    params, own = (flat(s.init(jax.random.key(0), streams)["params"]) for s in (shared, each))
+    of = {path.replace("layers/", ""): leaf for path, leaf in params.items()}
+    assert set(own) != set(params)
+    own = {path: np.broadcast_to(of[path.replace("layers/", "")], leaf.shape) for path, leaf in own.items()}
+    one, many = (
+        s.apply({"params": unflatten_dict(p, sep="/")}, streams)["text"].values for s, p in ((shared, params), (each, own))
+    )
+    np.testing.assert_allclose(one, many, atol=1e-6)
+    own = {path: 30 * p if "relative/bias" in path else p for path, p in own.items()}
+    other = each.apply({"params": unflatten_dict(own, sep="/")}, streams)["text"].values
+    assert np.abs(other - one).max() > 1e-3
 
 
 def test_relative_positions_on_a_grid(rng):

@@ -56,25 +56,25 @@ def each_part(x: jax.Array, parts: Sequence[tuple[str, int]], make: Callable[[st
 def attend(
     query: Float[Array, "B Lq H K"],
     key: Float[Array, "B Lk G K"],
-    value: Float[Array, "B Lk G K"],
+    value: Float[Array, "B Lk G V"],
     key_mask: Bool[Array, "B Lk"] | None = None,
     visible: np.ndarray | None = None,
     bias: Float[Array, "*B H Lq Lk"] | None = None,
     scale: float | None = None,
-) -> Float[Array, "B Lq H K"]:
+) -> Float[Array, "B Lq H V"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
 
     Args:
         query: `(B, Lq, H, K)`.
         key: `(B, Lk, G, K)`; G divides H, and H / G query heads share one key head.
-        value: `(B, Lk, G, K)`.
+        value: `(B, Lk, G, V)`.
         key_mask: which keys exist, `(B, Lk)`.
         visible: the rule who may see whom, `(Lq, Lk)`, a constant.
         bias: added to the scores, `(H, Lq, Lk)` or `(B, H, Lq, Lk)`.
         scale: factor of the scores; None: 1 / sqrt(K).
 
     Returns:
-        `(B, Lq, H, K)`. A query that may see no key gets zeros, in value and in gradient.
+        `(B, Lq, H, V)`. A query that may see no key gets zeros, in value and in gradient.
     """
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
@@ -113,14 +113,17 @@ class Attention(nn.Module):
     rotary: float | None
     dtype: Any
     parts: tuple[tuple[str, int], ...] = ()
+    value_size: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
         """Where there is a context, `sight` tells of its tokens, and positions play no part."""
 
         def heads(y: jax.Array, count: int, name: str) -> jax.Array:  # (B, L, D) -> (B, L, H, K)
+            size = self.value_size or self.head_size if name == "value" else self.head_size
+
             def dense(end: str) -> nn.Module:
-                return nn.DenseGeneral((count, self.head_size), use_bias=name in self.bias, dtype=self.dtype, name=name + end)
+                return nn.DenseGeneral((count, size), use_bias=name in self.bias, dtype=self.dtype, name=name + end)
 
             parts = self.parts if y is x else ()
             return constrain(each_part(y, parts, dense), "batch", "length", "heads", "head")

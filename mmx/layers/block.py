@@ -32,6 +32,8 @@ class BlockConfig:
     """Attention heads, H."""
     head_size: int | None = None
     """Size of a head, K. None: width / heads."""
+    value_size: int | None = None
+    """Size of a head's values (Perceiver). None: that of its queries and keys."""
     kv_heads: int | None = None
     """Heads of keys and values; fewer than heads means that queries share them (GQA). None: heads."""
     mlp: int | None = None
@@ -46,6 +48,10 @@ class BlockConfig:
     """layer or rms."""
     eps: float = 1e-6
     """The norms' epsilon."""
+    context_norm: str | None = None
+    """What of norms a cross-attention has for what it reads: own (Perceiver), shared with what queries (MulT), or None."""
+    cross_residual: bool = True
+    """Whether a cross-attention is added to what queries. False: it takes its place (the decoder of Perceiver IO)."""
     final_norm: bool | None = None
     """Whether a norm stands behind the stack. None: if norm is pre."""
     bias: bool = True
@@ -65,6 +71,10 @@ class BlockConfig:
     relative_axes: tuple[tuple[int, int], ...] = ()
     """Relative positions by what tokens' coordinates differ in: for each axis (buckets, the furthest distance that is told from
     others), one table each for a stack; their sum is scaled as scores are (LayoutLMv3: place, x, y)."""
+    relative_each: bool = False
+    """Whether every layer has a table of its own (BEiT)."""
+    relative_linear: bool = False
+    """Whether a grid's table is read linearly at another resolution (BEiT), and not cubic and smoothed."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None
@@ -87,6 +97,8 @@ class BlockConfig:
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise InputError(unknown(field, getattr(self, field), known))
+        if self.context_norm not in (None, "own", "shared") or (self.context_norm == "shared" and self.norm != "pre"):
+            raise InputError(f"block: context_norm={self.context_norm!r}; it is None, 'own', or, before sublayers, 'shared'")
         at_least(self, width=1, heads=1, unroll=1, dropout=0, drop_path=0)
         if max(self.dropout, self.drop_path) >= 1:
             raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
@@ -159,7 +171,13 @@ class Block(nn.Module):
             def norm(x: jax.Array, name: str = name) -> jax.Array:
                 return each_part(x, norms, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm{end}"))
 
-            y = norm(x) if c.norm == "pre" else x
+            source = context if kind == "cross" else None
+            if source is not None and c.context_norm == "shared":
+                y, source = jnp.split(norm(jnp.concatenate([x, source], 1)), [x.shape[1]], 1)
+            else:
+                y = norm(x) if c.norm == "pre" else x
+            if source is not None and c.context_norm == "own":
+                source = make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_context_norm")(source)
             if kind == "mlp":
                 y = each_part(
                     y,
@@ -170,6 +188,7 @@ class Block(nn.Module):
                 attention = Attention(
                     heads=c.heads,
                     head_size=c.head_size or c.width // c.heads,
+                    value_size=c.value_size,
                     kv_heads=c.kv_heads or c.heads,
                     bias=(PROJECTIONS if c.bias else ()) if c.attention_bias is None else c.attention_bias,
                     scale=c.scale,
@@ -182,10 +201,10 @@ class Block(nn.Module):
                 )
                 if kind == "self":
                     y = attention(y, sight)
-                elif context is None:
+                elif source is None:
                     y = jnp.zeros_like(x)
                 else:
-                    y = attention(y, Sight(context_mask), context)
+                    y = attention(y, Sight(context_mask), source)
                     if context_mask is not None:  # nothing to read: not even the bias of the output
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:
@@ -195,6 +214,9 @@ class Block(nn.Module):
             if c.skip and kind == "cross" and context_mask is not None:
                 y = jnp.where(context_mask.any(-1)[:, None, None], y, x)
             x = constrain(y, "batch", "length", "stream")
+            y = self.drop(y, drop_path, name)
+            x = y if kind == "cross" and not c.cross_residual else x + y
+            x = constrain(x if c.norm == "pre" else norm(x), "batch", "length", "stream")
         return x
 
     def drop(self, y: jax.Array, drop_path: jax.Array | float, name: str) -> jax.Array:

@@ -37,6 +37,12 @@ def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000
     return jnp.pad(out, [(0, 0)] * (out.ndim - 1) + [(0, width - out.shape[-1])])
 
 
+def interleaved(count: int, width: int, base: float = 10_000.0) -> np.ndarray:
+    """Sines and cosines in turns of the places of a line: `(L, D)` (arXiv 1706.03762, 3.5, to the letter; VideoMAE)."""
+    angles = np.arange(count)[:, None] / base ** (np.arange(width) // 2 * 2 / width)
+    return np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles)).astype(np.float32)
+
+
 def fourier(coordinates: np.ndarray | jax.Array, bands: int, resolution: tuple[int, ...]) -> jax.Array:
     """Fourier features of Perceiver (arXiv 2103.03206, 3.2): `(..., A) -> (..., A (2 bands + 1))`.
 
@@ -49,12 +55,16 @@ def fourier(coordinates: np.ndarray | jax.Array, bands: int, resolution: tuple[i
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles), x[..., None]], -1).reshape(*x.shape[:-1], -1)
 
 
-def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...]) -> jax.Array:
-    """A table of learned positions for another grid: `(prod(old), D) -> (prod(new), D)`, cubic, smoothed where it shrinks."""
+def resample(table: jax.Array, old: tuple[int, ...], new: tuple[int, ...], linear: bool = False) -> jax.Array:
+    """A table of learned positions for another grid: `(prod(old), D) -> (prod(new), D)`, cubic, smoothed where it shrinks.
+
+    With `linear`, neighbours are mixed by their distance, and nothing is smoothed.
+    """
     if old == new:
         return table
     grid = table.reshape(*old, -1)
-    return jax.image.resize(grid, (*new, grid.shape[-1]), "cubic").reshape(-1, grid.shape[-1]).astype(table.dtype)
+    resized = jax.image.resize(grid, (*new, grid.shape[-1]), "linear" if linear else "cubic", antialias=not linear)
+    return resized.reshape(-1, grid.shape[-1]).astype(table.dtype)
 
 
 def sample(

@@ -57,7 +57,8 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rate: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, None]:
         block = Block(self.config, self.sublayers, self.parts, self.multiway, name="block")
-        x = block(x, *shared, drop_path=rate)
+        sight, *rest = shared
+        x = block(x, relative_positions(self.config, each=True)(sight), *rest, drop_path=rate)
         sow_states(self, x)
         return x, None
 
@@ -94,15 +95,20 @@ class Stack(nn.Module):
         return x
 
 
-def relative_positions(config: BlockConfig, name: str = "relative") -> Callable[[Sight], Sight]:
-    """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as one submodule."""
-    if not config.relative and not config.relative_axes:
+def relative_positions(config: BlockConfig, name: str = "relative", each: bool = False) -> Callable[[Sight], Sight]:
+    """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as its submodules.
+
+    It is asked for once before the layers, and in each of them with `each`.
+    """
+    c = config
+    if not (c.relative or c.relative_axes) or c.relative_each != each:
         return lambda sight: sight
-    by_line = None
-    if config.relative:
-        by_line = RelativeBias(config.relative, config.heads, config.relative_furthest, config.relative_past, name=name)
-    scale = (config.head_size or config.width // config.heads) ** -0.5 if config.scale is None else config.scale
-    by_axes = AxesBias(config.relative_axes, config.heads, scale, name=f"{name}_axes") if config.relative_axes else None
+    by_line = by_axes = None
+    if c.relative:
+        by_line = RelativeBias(c.relative, c.heads, c.relative_furthest, c.relative_past, c.relative_linear, name=name)
+    if c.relative_axes:
+        scale = (c.head_size or c.width // c.heads) ** -0.5 if c.scale is None else c.scale
+        by_axes = AxesBias(c.relative_axes, c.heads, scale, name=f"{name}_axes")
 
     def add(sight: Sight) -> Sight:
         biases = [by_line(sight.lines)] if by_line else []
@@ -148,6 +154,7 @@ class RelativeBias(nn.Module):
     heads: int
     furthest: int = 128
     past: bool = False
+    linear: bool = False
 
     @nn.compact
     def __call__(self, lines: Sequence[Line]) -> jax.Array:
@@ -173,7 +180,7 @@ class RelativeBias(nn.Module):
         if line.grid is None or len(line.grid) != 2:
             return jnp.zeros((self.heads, line.length, line.length))
         rows, columns = line.grid
-        offsets = resample(table[:-3], (2 * grid[0] - 1, 2 * grid[1] - 1), (2 * rows - 1, 2 * columns - 1))
+        offsets = resample(table[:-3], (2 * grid[0] - 1, 2 * grid[1] - 1), (2 * rows - 1, 2 * columns - 1), self.linear)
         where = grid_coordinates(line.grid).astype(int)
         away = where[:, None] - where[None, :] + (rows - 1, columns - 1)  # (L, L, 2)
         index = np.full((line.length, line.length), len(offsets))  # a special token reads,

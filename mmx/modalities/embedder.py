@@ -12,11 +12,11 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import make_norm
-from mmx.layers.positions import fourier, grid_coordinates, resample, sincos
+from mmx.layers.positions import fourier, grid_coordinates, interleaved, resample, sincos
 from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
-POSITIONS = ("learned", "sincos", "fourier", "none")
+POSITIONS = ("learned", "sincos", "interleaved", "fourier", "none")
 PLACE, COORDINATES, KEPT, HIDDEN = "place", "coordinates", "kept", "hidden"
 BESIDE = (PLACE, COORDINATES, KEPT, HIDDEN)  # what the raw value of any embedder may tell beside what is embedded
 RESERVED = ("token", "position", *BESIDE, "special", "mask_token", "norm", "patch", "linear", "pen")  # names of parameters
@@ -39,8 +39,9 @@ class Embedder(nn.Module, kw_only=True):
 
     Args:
         width: size of a token, D; None: the model's.
-        position: learned; sincos (1D, 2D or 3D by the grid); fourier (Perceiver, one linear map behind); none. None: what
-            is usual for the kind. Rotary and relative positions belong to attention: `mmx.layers.BlockConfig`.
+        position: learned; sincos (1D, 2D or 3D by the grid); interleaved (sines and cosines in turns, along the rows of
+            a grid: VideoMAE); fourier (Perceiver, one linear map behind); none. None: what is usual for the kind. Rotary and
+            relative positions belong to attention: `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
             an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM).
         joined: further ids by token whose embeddings lie side by side to make a token's width, each by the table it reads:
@@ -175,6 +176,8 @@ class Embedder(nn.Module, kw_only=True):
             return None
         if position == "sincos":
             return sincos(grid_coordinates(grid), self.width or 0)
+        if position == "interleaved":
+            return jnp.asarray(interleaved(int(np.prod(grid)), self.width or 0))
         if position == "fourier":
             features = fourier(grid_coordinates(grid), 16, self.grid)
             return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))

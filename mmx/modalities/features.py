@@ -23,7 +23,7 @@ class Features(Embedder):
     Args:
         size: numbers of a feature.
         length: most features of an example, L; shorter ones are welcome.
-        linear: whether there is a linear map; without it a feature is of the width of a token.
+        linear: whether there is a linear map; False: features are tokens already, of the model's width.
         position: usually none, since regions have no order; "learned" for clips and frames.
     """
 
@@ -49,7 +49,7 @@ class Features(Embedder):
         if self.linear:
             x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
         elif self.size != self.width:
-            raise InputError(f"{self.name}: size={self.size} is not width={self.width}; set linear=True, or change one")
+            raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
         return self.fuse(x, mask, fields, (x.shape[1],))
 
     def example(self, batch_size: int) -> Masked:

@@ -29,7 +29,7 @@ TABLE = (
     (r"(^|/)token/embedding$", "vocab -> embed"),
     (r"(^|/)embedding$", "length -> embed"),  # a small table: segments, rows, states of a pen
     (r"decoder_bias$", "-> vocab"),
-    (r"(^|/)(position|special|token)$", "length -> embed"),
+    (r"(^|/)(position|special|token|[^/]*_query)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
     (r"(^|/)classifier/kernel$", "embed -> head"),
     (r"(^|/)decoder/kernel$", "embed -> vocab"),

@@ -1,6 +1,7 @@
 """The two stages that exchange through learned tokens: what they cost grows with the streams' lengths, not their product."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from mmx.topologies.stage import Stage, concatenate, fit, given, norm_each, sigh
 from mmx.types import Streams, Tokens
 
 BOTTLENECK = "shared tokens"  # no modality has such a name
+LATENT = "latent"  # the stream of the latent tokens
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -69,6 +71,8 @@ class _BottleneckLayer(nn.Module):
         context: tuple[dict[str, Sight], dict[str, jax.Array]],
     ) -> tuple[tuple[dict[str, jax.Array], jax.Array], None]:
         (values, shared), (sights, writes) = carry, context
+        relative = {o: relative_positions(self.config, f"{o}_relative", each=True) for o in dict.fromkeys(self.owners.values())}
+        sights = {name: relative[owner](sights[name]) for name, owner in self.owners.items()}
         blocks = {o: Block(self.config, self.sublayers, name=o) for o in dict.fromkeys(self.owners.values())}
         new, written, writers = {}, jnp.zeros_like(shared), jnp.zeros((), shared.dtype)
         for name, owner in self.owners.items():
@@ -93,23 +97,54 @@ class Latent(Stage):
         depth: layers of the latent tokens.
         tokens: how many latent tokens, X.
         block: of all three parts.
+        read: of the part that reads the streams; None: `block`. Its width is that of `block`.
+        answer: of the part that answers; None: `block`.
+        blocks: how often the layers are gone through, with the same weights.
+        queries: streams that are answered at this many learned places, instead of at their own tokens, which then need not
+            have the width of `block`; others end here, and the latent tokens leave as a stream `latent` (Perceiver IO's
+            decoders; {}: Perceiver itself). None: every stream is answered at its tokens.
     """
 
     depth: int
     tokens: int = 64
     block: BlockConfig | None = None
+    read: BlockConfig | None = None
+    answer: BlockConfig | None = None
+    blocks: int = 1
+    queries: Mapping[str, int] | None = None
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         block = given(self.block, self)
-        streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
+        read, reply = (dataclasses.replace(own or block, dtype=block.dtype) for own in (self.read, self.answer))
+        if self.queries is None or len({tokens.values.shape[-1] for tokens in streams.values()}) > 1:
+            streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
         values = next(iter(streams.values())).values
         latent = self.param("token", INITIAL, (self.tokens, block.width)).astype(values.dtype)
         latent = jnp.broadcast_to(latent, (values.shape[0], *latent.shape))  # (B, X, D)
-        read = {name: tokens for name, tokens in streams.items() if not tokens.causal}
-        joint = concatenate(read) if read else Tokens(None)  # type: ignore[arg-type]
-        latent = Block(block, "cross mlp", name="read")(latent, Sight(), joint.values, joint.mask)
-        latent = Stack(self.depth, block, name="stack")(latent)
-        answer = Block(block, "cross mlp", name="answer")
-        norm = make_norm(block.norm_kind, block.eps, block.dtype, "norm") if block.ends_with_norm else lambda x: x
-        return {n: dataclasses.replace(t, values=norm(answer(t.values, Sight(), latent))) for n, t in streams.items()}
+        seen = {name: tokens for name, tokens in streams.items() if not tokens.causal}
+        joint = concatenate(seen) if seen else Tokens(None)  # type: ignore[arg-type]
+        latent = Block(read, "cross mlp", name="read")(latent, Sight(), joint.values, joint.mask)
+        sow_states(self, latent)
+        latent = self._think(Stack(self.depth, block, name="stack"), latent)
+        answer = Block(reply, "cross mlp", name="answer")
+        norm = make_norm(reply.norm_kind, reply.eps, reply.dtype, "norm") if reply.ends_with_norm else lambda x: x
+        if self.queries is None:
+            return {n: dataclasses.replace(t, values=norm(answer(t.values, Sight(), latent))) for n, t in streams.items()}
+        new = {LATENT: Tokens(latent)}
+        for name in (name for name in streams if name in self.queries):
+            query = self.param(f"{name}_query", INITIAL, (self.queries[name], reply.width)).astype(latent.dtype)
+            new[name] = Tokens(norm(answer(jnp.broadcast_to(query, (len(latent), *query.shape)), Sight(), latent)))
+        return new
+
+    def _think(self, stack: Stack, latent: jax.Array) -> jax.Array:
+        if self.blocks == 1:
+            return stack(latent)
+        again = nn.scan(
+            lambda stack, x, _: (stack(x), None),
+            variable_broadcast="params",
+            variable_axes={"intermediates": 0},
+            split_rngs={"params": False, "dropout": True},
+            length=self.blocks,
+        )
+        return again(stack, latent, None)[0]

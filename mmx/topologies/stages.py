@@ -300,6 +300,10 @@ class _CrossLayer(nn.Module):
     ) -> tuple[dict[str, jax.Array], None]:
         sights, entered = shared
         configs = {owner[name]: config for name, config in self.configs.items() for owner in self.owners.values()}
+        relative = {
+            o: relative_positions(configs[o], f"{o}_relative", each=True) for o in dict.fromkeys(self.owners["self"].values())
+        }
+        sights = {name: relative[self.owners["self"][name]](sight) for name, sight in sights.items()}
         blocks = {owner: Block(config, self.sublayers, name=owner) for owner, config in configs.items()}
         contexts = {name: self._context(name, values, entered) for name in self.sources}
         new, between = dict(values), []

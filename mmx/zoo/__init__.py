@@ -7,53 +7,41 @@ One file holds one family: its configuration, how it is assembled from modalitie
 """
 
 import fnmatch
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import (
-    albef,
-    audio_spectrogram_transformer,
-    bert,
-    blip,
-    blip2,
-    clip,
-    gpt2,
-    layoutlm,
-    layoutlmv3,
-    marian,
-    siglip,
-    t5,
-    tapas,
-    vilt,
-    vit,
-    whisper,
-)
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_published, save_pretrained
 from mmx.zoo.transplant import transplant
 
-MODULES = (
-    albef,
-    audio_spectrogram_transformer,
-    bert,
-    blip,
-    blip2,
-    clip,
-    gpt2,
-    layoutlm,
-    layoutlmv3,
-    marian,
-    siglip,
-    t5,
-    tapas,
-    vilt,
-    vit,
-    whisper,
+MODULES = (  # one for each family, or for several close kin
+    "albef",
+    "audio_spectrogram_transformer",
+    "beit",
+    "bert",
+    "blip",
+    "blip2",
+    "clip",
+    "gpt2",
+    "layoutlm",
+    "layoutlmv3",
+    "marian",
+    "perceiver",
+    "siglip",
+    "t5",
+    "tapas",
+    "videomae",
+    "vilt",
+    "vit",
+    "vit_mae",
+    "whisper",
 )
-FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
+_MODULES = [importlib.import_module(f"mmx.zoo.{name}") for name in MODULES]
+FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
 

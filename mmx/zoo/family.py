@@ -94,6 +94,7 @@ class Family:
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell; None: it reads none.
         length: `config -> longest text`.
+        older: patterns in the tensors' names -> what older files have in their place.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Family:
     generation: Generation | None = None
     texts: Texts | None = None
     length: Callable[[Any], int] | None = None
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:

@@ -1,0 +1,173 @@
+"""BEiT (arXiv 2106.08254): a ViT with relative positions on the grid of patches and scaled residuals."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mmx.heads import Classifier, Pooler, TokenClassifier
+from mmx.losses import cross_entropy, masked_mean
+from mmx.modalities import Patches
+from mmx.model import MultimodalTransformer, build_model
+from mmx.topologies import PerStream
+from mmx.zoo.config import activation, only
+from mmx.zoo.family import Family, Runner, channels_last
+from mmx.zoo.videomae import class_loss
+from mmx.zoo.vit import LAYER as VIT_LAYER
+from mmx.zoo.vit import pair
+from mmx.zoo.weights import Table, convolution, layers, reshaped
+
+LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BeitConfig:
+    """The published fields of BEiT; those of its segmentation heads are known and not read."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    image_size: int | tuple = 224
+    patch_size: int | tuple = 16
+    num_channels: int = 3
+    use_mask_token: bool = False
+    use_absolute_position_embeddings: bool = False
+    use_relative_position_bias: bool = False
+    use_shared_relative_position_bias: bool = False
+    layer_scale_init_value: float = 0.1
+    drop_path_rate: float = 0.1
+    use_mean_pooling: bool = True
+    num_labels: int = 2
+
+
+def _grid(c: BeitConfig) -> tuple[int, int]:
+    return tuple(s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))  # type: ignore[return-value]
+
+
+def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    shared = c.use_shared_relative_position_bias
+    if shared:
+        only(c, use_relative_position_bias=False)
+    image = Patches(
+        pair(c.image_size),
+        pair(c.patch_size),
+        c.num_channels,
+        width=c.hidden_size,
+        special=("class",),
+        special_position=c.use_absolute_position_embeddings,
+        position=None if c.use_absolute_position_embeddings else "none",
+        mask_token=c.use_mask_token,
+        resize=True,
+    )
+    outputs = {
+        "masked-image": TokenClassifier(c.vocab_size, "image", transform=False, norm=c.layer_norm_eps),
+        "classification": Classifier(c.num_labels, "image", transform=False),
+    }
+    mean = Pooler("content", norm=c.layer_norm_eps) if c.use_mean_pooling else Pooler("first")
+    return build_model(
+        {"image": image},
+        (PerStream(c.num_hidden_layers),),
+        width=c.hidden_size,
+        heads=c.num_attention_heads,
+        mlp=c.intermediate_size,
+        activation=activation(c.hidden_act),
+        eps=c.layer_norm_eps,
+        attention_bias=("query", "value", "out"),
+        relative=_grid(c)[::-1] if shared or c.use_relative_position_bias else None,  # published as if turned: read as resampled
+        relative_each=not shared,
+        relative_linear=True,
+        layer_scale=c.layer_scale_init_value if c.layer_scale_init_value > 0 else None,
+        drop_path=c.drop_path_rate,
+        final_norm=not c.use_mean_pooling,
+        embed=0,
+        poolers={"image": Pooler("first") if tuple(heads) == ("masked-image",) else mean},
+        outputs={name: outputs[name] for name in heads},
+        dtype=dtype,
+    )
+
+
+def _table(c: BeitConfig) -> Table:
+    rows, columns = _grid(c)
+    bias = ((2 * rows - 1) * (2 * columns - 1) + 3, c.num_attention_heads)
+    relative = "relative_position_bias.relative_position_bias_table"
+    return {
+        "beit.embeddings.cls_token": reshaped("modalities_image/special", 1, 1, c.hidden_size),
+        "beit.embeddings.mask_token": reshaped("modalities_image/mask_token", 1, 1, c.hidden_size),
+        "beit.embeddings.position_embeddings": reshaped("modalities_image/position", 1, rows * columns + 1, c.hidden_size),
+        "beit.embeddings.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
+        **layers("beit.encoder.layer.{}", "stages_0/image/layers/block", LAYER),
+        "beit.encoder.layer.{}.attention.attention." + relative: reshaped("stages_0/image/layers/relative/bias", *bias),
+        "beit.encoder." + relative: reshaped("stages_0/image/relative/bias", *bias),
+        "beit.layernorm": "stages_0/image/norm",
+        "beit.pooler.layernorm": "poolers_image/norm",
+        "layernorm": "heads_masked-image/norm",
+        "lm_head": "heads_masked-image/classifier",
+        "classifier": "heads_classification/classifier",
+    }
+
+
+def _forward(run: Runner, c: BeitConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    image, hidden = channels_last(inputs["pixel_values"]), inputs.get("bool_masked_pos")
+    r = run({"image": image if hidden is None else {"image": image, "hidden": hidden.reshape(len(image), -1)}})
+    codes, classes = r.out.logits.get("masked-image"), r.out.logits.get("classification")
+    loss = None
+    if codes is not None:
+        codes = codes[:, 1:]
+        if "labels" in inputs and hidden is not None:  # one label for each hidden patch, row by row through the batch
+            here = hidden.reshape(-1) != 0
+            labels = inputs["labels"].reshape(-1)[jnp.maximum(jnp.cumsum(here) - 1, 0)]
+            loss = masked_mean(cross_entropy(codes.reshape(-1, codes.shape[-1]), labels), here)
+    elif classes is not None and "labels" in inputs:
+        loss = class_loss(classes, inputs["labels"])
+    return {
+        "loss": loss,
+        "logits": classes if codes is None else codes,
+        "last_hidden_state": r.out.streams["image"].values,
+        "pooler_output": r.out.pooled["image"] if codes is None and classes is None else None,
+        "hidden_states": tuple(r.states("stages_0", "image")),
+    }
+
+
+_BASE = {"use_relative_position_bias": True}
+_LARGE = {
+    **_BASE,
+    "num_hidden_layers": 24,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "layer_scale_init_value": 1e-5,
+}
+_PRETRAINING = {
+    "use_mask_token": True,
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": True,
+    "use_mean_pooling": False,
+}
+FAMILIES = (
+    Family(
+        "beit",
+        BeitConfig,
+        _build,
+        _table,
+        _forward,
+        names={
+            "beit-base-patch16-224": {**_BASE, "num_labels": 1000},
+            "beit-base-patch16-224-pt22k": {**_BASE, **_PRETRAINING},
+            "beit-base-patch16-224-pt22k-ft22k": {**_BASE, "num_labels": 21841},
+            "beit-base-patch16-384": {**_BASE, "num_labels": 1000, "image_size": 384},
+            "beit-large-patch16-224": {**_LARGE, "num_labels": 1000},
+            "beit-large-patch16-224-pt22k": {**_LARGE, **_PRETRAINING},
+            "beit-large-patch16-224-pt22k-ft22k": {**_LARGE, "num_labels": 21841},
+            "beit-large-patch16-384": {**_LARGE, "num_labels": 1000, "image_size": 384},
+            "beit-large-patch16-512": {**_LARGE, "num_labels": 1000, "image_size": 512},
+        },
+        heads={"masked-image": "lm_head", "classification": "classifier"},
+        prefix="beit",
+        known=(r"relative_position_index$",),
+    ),
+)

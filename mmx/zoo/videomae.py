@@ -1,0 +1,209 @@
+"""VideoMAE (arXiv 2203.12602) and ViViT (2103.15691). One video stream of tubelets, pre-norm."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mmx.heads import Classifier, Pooler
+from mmx.modalities import Patches
+from mmx.model import MultimodalTransformer, build_model
+from mmx.topologies import PerStream
+from mmx.zoo.bert import token_loss
+from mmx.zoo.config import activation
+from mmx.zoo.family import Family, Runner, channels_last
+from mmx.zoo.vit import LAYER as VIT_LAYER
+from mmx.zoo.vit import block, pair
+from mmx.zoo.weights import Table, convolution, layers, reshaped
+
+LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
+    **{name: path for name, path in VIT_LAYER.items() if not name.startswith("attention.attention")},
+    **{f"attention.attention.{name}.weight": f"self/{name}/kernel" for name in ("query", "key", "value")},
+    "attention.attention.q_bias": "self/query/bias",
+    "attention.attention.v_bias": "self/value/bias",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoMAEConfig:
+    """The published fields of VideoMAE."""
+
+    image_size: int | tuple = 224
+    patch_size: int | tuple = 16
+    num_channels: int = 3
+    num_frames: int = 16
+    tubelet_size: int = 2
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+    qv_bias: bool = True  # the newer name of the same
+    use_mean_pooling: bool = True
+    num_labels: int = 2
+    decoder_num_attention_heads: int = 6  # these of the pretraining decoder, which is not here
+    decoder_hidden_size: int = 384
+    decoder_num_hidden_layers: int = 4
+    decoder_intermediate_size: int = 1536
+    norm_pix_loss: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class VivitConfig:
+    """The published fields of ViViT."""
+
+    image_size: int | tuple = 224
+    num_frames: int = 32
+    tubelet_size: tuple = (2, 16, 16)
+    num_channels: int = 3
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu_fast"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    pooler_output_size: int | None = None
+    pooler_act: str = "tanh"
+    num_labels: int = 2
+    video_size: tuple | None = None  # said again in older files
+
+
+def tubelet(c: Any) -> tuple[int, int, int]:
+    """(frames, height, width) of a tubelet."""
+    if isinstance(c, VivitConfig):
+        return tuple(c.tubelet_size)  # type: ignore[return-value]
+    return (c.tubelet_size, *pair(c.patch_size))
+
+
+def _build_videomae(c: VideoMAEConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    biases = ("query", "value", "out") if c.qkv_bias and c.qv_bias else ("out",)
+    classifies = "classification" in heads
+    return build_model(
+        {
+            "video": Patches(
+                (c.num_frames, *pair(c.image_size)), tubelet(c), c.num_channels, width=c.hidden_size, position="interleaved"
+            )
+        },
+        (PerStream(c.num_hidden_layers),),
+        width=c.hidden_size,
+        embed=0,
+        # Where it is the mean that is classified, it is normalised, and the encoder's states are not.
+        poolers={"video": Pooler("mean", norm=1e-5 if classifies else None) if c.use_mean_pooling else Pooler("first")},
+        outputs={"classification": Classifier(c.num_labels, "video", transform=False)} if classifies else {},
+        final_norm=not c.use_mean_pooling,
+        dtype=dtype,
+        **{**block(c), "attention_bias": biases},
+    )
+
+
+def _build_vivit(c: VivitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    pooler = Pooler("first", size=c.pooler_output_size or c.hidden_size, activation=activation(c.pooler_act, "pooler_act"))
+    classifies = "classification" in heads
+    return build_model(
+        {
+            "video": Patches(
+                (c.num_frames, *pair(c.image_size)),
+                tubelet(c),
+                c.num_channels,
+                width=c.hidden_size,
+                special=("class",),
+                special_position=True,
+                resize=True,
+            )
+        },
+        (PerStream(c.num_hidden_layers),),
+        width=c.hidden_size,
+        embed=0,
+        poolers={"video": Pooler("first") if classifies else pooler},
+        outputs={"classification": Classifier(c.num_labels, "video", transform=False)} if classifies else {},
+        dtype=dtype,
+        **block(c),
+    )
+
+
+def _table(published: str, layer: Table) -> Callable[[Any], Table]:
+    def table(c: Any) -> Table:
+        size = (c.num_frames, *pair(c.image_size))
+        places = 1
+        for whole, part in zip(size, tubelet(c), strict=True):
+            places *= whole // part
+        return {
+            f"{published}.embeddings.cls_token": reshaped("modalities_video/special", 1, 1, c.hidden_size),
+            f"{published}.embeddings.position_embeddings": reshaped("modalities_video/position", 1, places + 1, c.hidden_size),
+            f"{published}.embeddings.patch_embeddings.projection": convolution("modalities_video/patch", *tubelet(c)),
+            **layers(published + ".encoder.layer.{}", "stages_0/video/layers/block", layer),
+            f"{published}.layernorm": "stages_0/video/norm",
+            f"{published}.pooler.dense": "poolers_video/transform",
+            "fc_norm": "poolers_video/norm",
+            "classifier": "heads_classification/classifier",
+        }
+
+    return table
+
+
+def class_loss(logits: Any, labels: Any) -> Any:
+    """Cross-entropy of the class; with a single one, the squared distance to its number."""
+    return jnp.square(logits[:, 0] - labels.reshape(-1)).mean() if logits.shape[-1] == 1 else token_loss(logits, labels)
+
+
+def _forward(run: Runner, c: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    r = run({"video": channels_last(inputs["pixel_values"])})
+    logits = r.out.logits.get("classification")
+    return {
+        "loss": class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "logits": logits,
+        "last_hidden_state": r.out.streams["video"].values,
+        "pooler_output": r.out.pooled["video"] if logits is None and isinstance(c, VivitConfig) else None,
+        "hidden_states": tuple(r.states("stages_0", "video")),
+    }
+
+
+def _sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        **more,
+    }
+
+
+_KINETICS = {"num_labels": 400}
+FAMILIES = (
+    Family(
+        "videomae",
+        VideoMAEConfig,
+        _build_videomae,
+        _table("videomae", LAYER),
+        _forward,
+        names={
+            "videomae-small-finetuned-kinetics": _sized(12, 384, 6, **_KINETICS),
+            "videomae-base": {"use_mean_pooling": False},
+            "videomae-base-finetuned-kinetics": _KINETICS,
+            "videomae-base-finetuned-ssv2": {"num_labels": 174},
+            "videomae-large": _sized(24, 1024, 16, use_mean_pooling=False),
+            "videomae-large-finetuned-kinetics": _sized(24, 1024, 16, **_KINETICS),
+            "videomae-huge-finetuned-kinetics": _sized(32, 1280, 16, **_KINETICS),
+        },
+        heads={"classification": "classifier"},
+        prefix="videomae",
+        known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$"),
+    ),
+    Family(
+        "vivit",
+        VivitConfig,
+        _build_vivit,
+        _table("vivit", VIT_LAYER),
+        _forward,
+        names={
+            "vivit-b-16x2": {},
+            "vivit-b-16x2-kinetics400": _KINETICS,
+        },
+        heads={"classification": "classifier"},
+        prefix="vivit",
+    ),
+)
