@@ -16,6 +16,8 @@ from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
 
+FUSES = ("mean", "sum", "product")
+
 
 def mean_pool(tokens: Tokens) -> jax.Array:
     """The mean over the tokens that exist, `(B, L, D) -> (B, D)`; zeros where none does."""
@@ -28,6 +30,14 @@ def mean_pool(tokens: Tokens) -> jax.Array:
 def stream_of(streams: Streams, modality: str) -> str | None:
     """The stream that carries a modality: its own, or the one it was summed into; None where it is absent."""
     return next((name for name in (modality, FUSED) if name in streams), None)
+
+
+def transform(x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any) -> jax.Array:
+    """What stands before the last matrix of a head, called in its compact method: dense layer, activation, LayerNorm."""
+    if size is not None:
+        x = nn.Dense(size, dtype=dtype, name="transform")(x)
+        x = x if activation is None else ACTIVATIONS[activation](x)
+    return x if norm is None else make_norm("layer", norm, dtype, "norm")(x)
 
 
 class Projection(nn.Module):
@@ -96,13 +106,21 @@ class Classifier(nn.Module):
 
     Args:
         classes: how many.
-        stream: whose vector is read; None: the mean of all that are there.
-        transform: whether a dense layer with tanh stands before the last one.
+        stream: whose vector is read; None: those of all that are there, as `fuse` says.
+        transform: whether a dense layer stands before the last one.
+        size: of that dense layer; None: as many as it reads.
+        activation: behind it.
+        norm: eps of a LayerNorm behind that (LXMERT); None: no norm.
+        fuse: what becomes of several streams: their mean, sum or product (ViLBERT).
     """
 
     classes: int
     stream: str | None = None
     transform: bool = True
+    size: int | None = None
+    activation: str | None = "tanh"
+    norm: float | None = None
+    fuse: str = "mean"
     dtype: Any = "float32"
 
     @nn.compact
@@ -111,19 +129,57 @@ class Classifier(nn.Module):
     ) -> jax.Array | None:
         if self.stream is not None and self.stream not in pooled:
             return None
-        x = self._mean(streams, pooled) if self.stream is None else pooled[self.stream]
-        if self.transform:
-            x = jnp.tanh(nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
+        x = self._fused(streams, pooled) if self.stream is None else pooled[self.stream]
+        x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
-    def _mean(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
+    def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
+        if self.fuse not in FUSES:
+            raise InputError("classifier: " + unknown("fuse", self.fuse, FUSES))
         present = jnp.stack([tokens.present for tokens in streams.values()], 1)[..., None]  # (B, M, 1)
         each = jnp.stack([pooled[name] for name in streams], 1)  # (B, M, D)
-        return (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
+        if self.fuse == "product":
+            return jnp.where(present, each, 1).prod(1)
+        total = (each * present.astype(each.dtype)).sum(1)
+        return total if self.fuse == "sum" else total / jnp.maximum(present.sum(1), 1).astype(each.dtype)
+
+
+class TokenClassifier(nn.Module):
+    """A class, or other numbers, for every token of a stream: `(B, L, classes)` float32.
+
+    Args:
+        classes: how many; or several answers behind one transform, by name (LXMERT's objects, attributes and features).
+        stream: whose tokens.
+        transform: whether a dense layer stands before the last one.
+        activation: behind that dense layer; None: none.
+        norm: eps of a LayerNorm behind that; None: no norm.
+    """
+
+    classes: int | Mapping[str, int]
+    stream: str
+    transform: bool = True
+    activation: str | None = None
+    norm: float | None = None
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> Any:
+        if self.stream not in streams:
+            return None
+        x = streams[self.stream].values
+        x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
+
+        def answer(classes: int, end: str = "") -> jax.Array:
+            return nn.Dense(classes, dtype=self.dtype, name="classifier" + end)(x).astype(jnp.float32)
+
+        several = self.classes
+        return {n: answer(c, f"_{n}") for n, c in several.items()} if isinstance(several, Mapping) else answer(several)
 
 
 class TiedDecoder(nn.Module):
     """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
+
+    Of a modality of features it is their regression, with the linear map that embeds them as the matrix (UNITER).
 
     Args:
         modality: whose ids.
@@ -131,6 +187,7 @@ class TiedDecoder(nn.Module):
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind it (BERT); None: no norm.
         bias: whether every id has a number of its own added to its scores.
+        streams: whose tokens are scored, one stream behind the other (VisualBERT); (): those of the modality.
     """
 
     modality: str
@@ -138,6 +195,7 @@ class TiedDecoder(nn.Module):
     activation: str | None = None
     norm: float | None = None
     bias: bool = True
+    streams: tuple[str, ...] = ()
     dtype: Any = "float32"
 
     @nn.compact
@@ -145,15 +203,15 @@ class TiedDecoder(nn.Module):
         self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
     ) -> jax.Array | None:
         ids: Any = modalities[self.modality]
-        name = stream_of(streams, self.modality)
-        if name is None:
+        read = []
+        for modality in self.streams or (self.modality,):
+            if (name := stream_of(streams, modality)) is not None:
+                first, length = len(streams[name].special), getattr(modalities[modality], "length", None)
+                last = None if length is None else first + length  # a fused stream may be longer than the text in it
+                read.append(streams[name].values[:, first:last])
+        if not read:
             return None
-        first = len(streams[name].special)
-        x = streams[name].values[:, first : first + ids.length]  # a fused stream may be longer than the text in it
-        if self.transform:
-            x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
-            x = x if self.activation is None else ACTIVATIONS[self.activation](x)
-        if self.norm is not None:
-            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
+        x = jnp.concatenate(read, 1)
+        x = transform(x, ids.width if self.transform else None, self.activation, self.norm, self.dtype)
         logits = ids.decode(x)
-        return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits
+        return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits

@@ -31,7 +31,7 @@ TABLE = (
     (r"decoder_bias$", "-> vocab"),
     (r"(^|/)(position|special|token)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
-    (r"(^|/)classifier/kernel$", "embed -> head"),
+    (r"(^|/)classifier[^/]*/kernel$", "embed -> head"),
     (r"(scale|bias|logit_scale|weight)[^/]*$", ""),  # small vectors and scalars: every device holds them
 )
 LARGE = 2**16  # elements; a leaf of this size or more must be named by the table
