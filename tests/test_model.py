@@ -85,6 +85,16 @@ def test_a_topology_is_a_tuple_of_stages(inputs):
     assert init(model)["params"].keys() >= {"stages_0", "stages_1"}
 
 
+def test_streams_may_leave_after_some_of_the_stages(inputs):
+    model = build(cross_attention(1) + early_concatenation(1))
+    variables = init(model)
+    begun = model.clone(stages=model.stages[:-1])
+    some = jax.jit(lambda v: model.apply(v, inputs, stages=len(begun.stages)))(variables)
+    expected = jax.jit(begun.apply)(variables, inputs)
+    jax.tree.map(np.testing.assert_array_equal, some.streams, expected.streams)
+    jax.tree.map(np.testing.assert_array_equal, some.logits, expected.logits)
+
+
 def test_embeddings_can_be_left_out(inputs):
     model = build(embed=0)
     out = model.apply(init(model), inputs)

@@ -25,6 +25,13 @@ class Run:
         layers = self.intermediates[stage][stream]["layers"]["states"]
         return [self.intermediates["states"][stream], *layers]
 
+    def after(self, stage: str, stream: str) -> list[jax.Array]:
+        """What each layer of a stage left of a stream, or, where streams are joint, of all of them: `(B, L, D)`."""
+        inner = self.intermediates.get(stage, {})
+        inner = inner.get(stream, inner.get("stack", inner))
+        states = inner.get("layers", {}).get("states", ())
+        return list(states[stream] if isinstance(states, Mapping) else states)
+
 
 Runner = Callable[..., Run]
 
@@ -56,8 +63,8 @@ class Family:
         config: the dataclass of its configuration.
         build: `(config, heads, dtype) -> model`.
         table: `config -> Table`, of all its heads.
-        forward: `(run, config, inputs) -> fields`: published inputs to published outputs; `run(batch, causal=())` applies
-            the model.
+        forward: `(run, config, inputs) -> fields`: published inputs to published outputs; `run(batch, causal=(), stages=None)`
+            applies the model.
         names: published names of its sizes -> the fields in which they differ from the defaults.
         heads: published heads by our name -> the beginning of their tensors' names.
         prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
@@ -82,6 +89,12 @@ def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
     raw = {"ids": ids, **beside} if beside else ids
     mask = jnp.ones(ids.shape, bool) if mask is None else mask != 0
     return Masked(raw, mask, keep=True)
+
+
+def padded_features(features: Any, mask: Any = None, **beside: Any) -> Masked:
+    """Published features `(B, L, size)`, such as those of regions, and their mask as a raw value, like `padded`."""
+    mask = jnp.ones(features.shape[:2], bool) if mask is None else mask != 0
+    return Masked({"features": features, **beside}, mask, keep=True)
 
 
 def channels_last(pixels: Any) -> Any:

@@ -52,7 +52,7 @@ class Pretrained:
         Raises:
             InputError: an input this family does not have.
         """
-        given = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        given = {name: _arrays(value) for name, value in inputs.items() if value is not None}
         return _forward(self.family, self.model, self.config, output_hidden_states, self.params, as_batch(given))
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
@@ -76,6 +76,13 @@ class Pretrained:
             raise InputError(f"{self.family.name}: the input {names.ids} is missing; it is the prompt")
         given.setdefault(names.mask, np.ones_like(given[names.ids]))
         return _generate(self.family, self.model, self.config, max_new_tokens, self.params, as_batch(given))
+
+
+def _arrays(value: Any) -> Any:
+    """An input as an array; a mapping of inputs, and of tuples of inputs (LXMERT's labels), as one of arrays."""
+    if not isinstance(value, Mapping):
+        return np.asarray(value)
+    return {name: tuple(map(np.asarray, v)) if isinstance(v, tuple) else _arrays(v) for name, v in value.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -109,8 +116,8 @@ def _generate(
 def _forward(
     family: Family, model: MultimodalTransformer, config: Any, states: bool, params: Params, inputs: Batch
 ) -> dict[str, Any]:
-    def run(batch: Batch, causal: Sequence[str] = ()) -> Run:
-        out, more = model.apply({"params": params}, batch, tuple(causal), mutable=["intermediates"])
+    def run(batch: Batch, causal: Sequence[str] = (), stages: int | None = None) -> Run:
+        out, more = model.apply({"params": params}, batch, tuple(causal), stages, mutable=["intermediates"])
         return Run(out, more["intermediates"])  # type: ignore[arg-type]
 
     read = _Inputs(inputs, family.name)
