@@ -28,9 +28,14 @@ class Class:
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
+    nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
 
 
 CLASSES = {
+    "LxmertForPreTraining": Class(
+        rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")},
+        nested=("obj_labels",),
+    ),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
@@ -49,7 +54,12 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     inputs, recorded = (safetensors.numpy.load_file(folder / f"{n}.safetensors") for n in ("inputs", "outputs"))
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
-    given = {name: value for name, value in inputs.items() if "." not in name}
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
+    for name, _, last in (name.partition(".") for name in inputs):
+        if name in names.nested:
+            key = last.partition(".")[0]
+            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
+            given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
     fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}

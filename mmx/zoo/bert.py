@@ -126,9 +126,9 @@ def read_text(inputs: Mapping[str, Any]) -> Any:
     return padded(ids, inputs.get("attention_mask"), **beside)
 
 
-def token_loss(logits: Any, labels: Any) -> Any:
-    """The mean cross-entropy of labels; those of -100 do not count."""
-    return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != -100)
+def token_loss(logits: Any, labels: Any, ignored: int = -100) -> Any:
+    """The mean cross-entropy of labels; those that are `ignored` do not count."""
+    return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != ignored)
 
 
 def _forward(run: Runner, c: BertConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
