@@ -1,5 +1,7 @@
 """Models: any subset of modalities, any topology, clear errors."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -91,8 +93,8 @@ def test_streams_may_leave_after_some_of_the_stages(inputs):
     begun = model.clone(stages=model.stages[:-1])
     some = jax.jit(lambda v: model.apply(v, inputs, stages=len(begun.stages)))(variables)
     expected = jax.jit(begun.apply)(variables, inputs)
-    jax.tree.map(np.testing.assert_array_equal, some.streams, expected.streams)
-    jax.tree.map(np.testing.assert_array_equal, some.logits, expected.logits)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), some.streams, expected.streams)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), some.logits, expected.logits)
 
 
 def test_embeddings_can_be_left_out(inputs):

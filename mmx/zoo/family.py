@@ -12,6 +12,8 @@ from mmx.model import MultimodalTransformer
 from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.weights import Table
 
+REGIONS = 512  # the most an image may have, of models that read regions; published ones know no limit
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

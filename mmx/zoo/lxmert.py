@@ -13,10 +13,9 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert
 from mmx.zoo.config import activation, only
-from mmx.zoo.family import Family, Runner, padded_features
+from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
-REGIONS = 512  # the most an image may have; published models know no limit
 _OWN: Table = {
     "_self_att.self.query": "self/query",
     "_self_att.self.key": "self/key",
