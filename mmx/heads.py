@@ -20,6 +20,7 @@ from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
 
 INITIAL = nn.initializers.normal(0.02)
+FUSES = ("mean", "sum", "product")
 
 
 def mean_pool(tokens: Tokens) -> jax.Array:
@@ -33,6 +34,14 @@ def mean_pool(tokens: Tokens) -> jax.Array:
 def stream_of(streams: Streams, modality: str) -> str | None:
     """The stream that carries a modality: its own, or the one it was summed into; None where it is absent."""
     return next((name for name in (modality, FUSED) if name in streams), None)
+
+
+def transform(x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any) -> jax.Array:
+    """What stands before the last matrix of a head, called in its compact method: dense layer, activation, LayerNorm."""
+    if size is not None:
+        x = nn.Dense(size, dtype=dtype, name="transform")(x)
+        x = x if activation is None else ACTIVATIONS[activation](x)
+    return x if norm is None else make_norm("layer", norm, dtype, "norm")(x)
 
 
 class Projection(nn.Module):
@@ -115,15 +124,21 @@ class Classifier(nn.Module):
 
     Args:
         classes: how many.
-        stream: whose vector is read; None: the mean of all that are there.
-        transform: whether a dense layer with tanh stands before the last one.
-        norm: eps of a LayerNorm before the last one (AST); None: no norm.
+        stream: whose vector is read; None: those of all that are there, as `fuse` says.
+        transform: whether a dense layer stands before the last one.
+        size: of that dense layer; None: as many as it reads.
+        activation: behind it.
+        norm: eps of a LayerNorm behind that (LXMERT); None: no norm.
+        fuse: what becomes of several streams: their mean, sum or product (ViLBERT).
     """
 
     classes: int
     stream: str | None = None
     transform: bool = True
+    size: int | None = None
+    activation: str | None = "tanh"
     norm: float | None = None
+    fuse: str = "mean"
     dtype: Any = "float32"
 
     @nn.compact
@@ -132,31 +147,33 @@ class Classifier(nn.Module):
     ) -> jax.Array | None:
         if self.stream is not None and self.stream not in pooled:
             return None
-        x = self._mean(streams, pooled) if self.stream is None else pooled[self.stream]
-        if self.transform:
-            x = jnp.tanh(nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x))
-        if self.norm is not None:
-            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
+        x = self._fused(streams, pooled) if self.stream is None else pooled[self.stream]
+        x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
-    def _mean(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
+    def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
+        if self.fuse not in FUSES:
+            raise InputError("classifier: " + unknown("fuse", self.fuse, FUSES))
         present = jnp.stack([tokens.present for tokens in streams.values()], 1)[..., None]  # (B, M, 1)
         each = jnp.stack([pooled[name] for name in streams], 1)  # (B, M, D)
-        return (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
+        if self.fuse == "product":
+            return jnp.where(present, each, 1).prod(1)
+        total = (each * present.astype(each.dtype)).sum(1)
+        return total if self.fuse == "sum" else total / jnp.maximum(present.sum(1), 1).astype(each.dtype)
 
 
 class TokenClassifier(nn.Module):
-    """A class for every token of a stream: `(B, L, classes)` float32.
+    """A class, or other numbers, for every token of a stream: `(B, L, classes)` float32.
 
     Args:
-        classes: how many.
+        classes: how many; or several answers behind one transform, by name (LXMERT's objects, attributes and features).
         stream: whose tokens.
         transform: whether a dense layer stands before the last one.
         activation: behind that dense layer; None: none.
-        norm: eps of a LayerNorm behind it; None: no norm.
+        norm: eps of a LayerNorm behind that; None: no norm.
     """
 
-    classes: int
+    classes: int | Mapping[str, int]
     stream: str
     transform: bool = True
     activation: str | None = None
@@ -164,18 +181,17 @@ class TokenClassifier(nn.Module):
     dtype: Any = "float32"
 
     @nn.compact
-    def __call__(
-        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
-    ) -> jax.Array | None:
+    def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> Any:
         if self.stream not in streams:
             return None
         x = streams[self.stream].values
-        if self.transform:
-            x = nn.Dense(x.shape[-1], dtype=self.dtype, name="transform")(x)
-            x = x if self.activation is None else ACTIVATIONS[self.activation](x)
-        if self.norm is not None:
-            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
+
+        def answer(classes: int, end: str = "") -> jax.Array:
+            return nn.Dense(classes, dtype=self.dtype, name="classifier" + end)(x).astype(jnp.float32)
+
+        several = self.classes
+        return {n: answer(c, f"_{n}") for n, c in several.items()} if isinstance(several, Mapping) else answer(several)
 
 
 class Reconstruction(nn.Module):
@@ -219,6 +235,8 @@ class Reconstruction(nn.Module):
 class TiedDecoder(nn.Module):
     """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
 
+    Of a modality of features it is their regression, with the linear map that embeds them as the matrix (UNITER).
+
     Args:
         modality: whose ids.
         tied: False: with a matrix of its own.
@@ -227,6 +245,7 @@ class TiedDecoder(nn.Module):
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind it (BERT); None: no norm.
         bias: whether every id has a number of its own added to its scores.
+        streams: whose tokens are scored, one stream behind the other (VisualBERT); (): those of the modality.
     """
 
     modality: str
@@ -234,6 +253,7 @@ class TiedDecoder(nn.Module):
     activation: str | None = None
     norm: float | None = None
     bias: bool = True
+    streams: tuple[str, ...] = ()
     dtype: Any = "float32"
     tied: bool = True
     scale: float = 1.0
@@ -243,20 +263,19 @@ class TiedDecoder(nn.Module):
         self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
     ) -> jax.Array | None:
         ids: Any = modalities[self.modality]
-        name = stream_of(streams, self.modality)
-        if name is None:
+        read = []
+        for modality in self.streams or (self.modality,):
+            if (name := stream_of(streams, modality)) is not None:
+                first, length = len(streams[name].special), getattr(modalities[modality], "length", None)
+                last = None if length is None else first + length  # a fused stream may be longer than the text in it
+                read.append(streams[name].values[:, first:last])
+        if not read:
             return None
-        first = len(streams[name].special)
-        last = first + ids.length if name == FUSED else None  # a fused stream may be longer than the text in it
-        x = streams[name].values[:, first:last]
-        if self.transform:
-            x = nn.Dense(ids.width, dtype=self.dtype, name="transform")(x)
-            x = x if self.activation is None else ACTIVATIONS[self.activation](x)
-        if self.norm is not None:
-            x = make_norm("layer", self.norm, self.dtype, "norm")(x)
+        x = jnp.concatenate(read, 1)
+        x = transform(x, ids.width if self.transform else None, self.activation, self.norm, self.dtype)
         x = x if self.scale == 1 else x * self.scale
         if self.tied:
             logits = ids.decode(x)
         else:
             logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
-        return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits
+        return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits

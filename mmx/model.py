@@ -46,12 +46,13 @@ class MultimodalTransformer(nn.Module):
     logit_bias: float | None = None
 
     @nn.compact
-    def __call__(self, batch: Batch, causal: Iterable[str] = ()) -> Outputs:
+    def __call__(self, batch: Batch, causal: Iterable[str] = (), stages: int | None = None) -> Outputs:
         """Runs the model on the modalities that are in the batch; deterministic unless a `dropout` key is given.
 
         Args:
             batch: `{modality: raw array or Masked}`, any non-empty subset of the model's modalities.
             causal: modalities to read as a decoder does: each token sees its past and the other modalities.
+            stages: how many of the stages the streams go through, for who wants the answers of a layer in between; None: all.
         """
         causal = tuple(causal)
         self._check(batch, causal)
@@ -61,7 +62,7 @@ class MultimodalTransformer(nn.Module):
             if name in batch
         }
         sow_states(self, {name: tokens.values for name, tokens in streams.items()})
-        for stage in self.stages:
+        for stage in self.stages[:stages]:
             streams = stage(streams)  # type: ignore[operator]
         pooled = {
             name: self.poolers[name](tokens, batch.get(name)) if name in self.poolers else mean_pool(tokens)  # type: ignore[operator]

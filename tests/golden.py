@@ -47,6 +47,7 @@ class Class:
     # further calls: what the names of their recorded outputs begin with, and their inputs made from all that are stored
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     # further calls with another configuration: what the names of their outputs begin with, and the fields that differ
+    nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
 
 
 SIGLIP = {
@@ -82,6 +83,10 @@ CLASSES = {
         rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
         configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
     ),
+    "LxmertForPreTraining": Class(
+        rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")},
+        nested=("obj_labels",),
+    ),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
@@ -115,6 +120,13 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
     for prefix, change in names.configs.items():
         fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
+    for name, _, last in (name.partition(".") for name in inputs):
+        if name in names.nested:
+            key = last.partition(".")[0]
+            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
+            given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
+    fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in names.source}

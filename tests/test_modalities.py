@@ -156,6 +156,54 @@ def test_a_token_is_a_sum(rng):
     np.testing.assert_allclose(normed.apply({"params": params}, raw).values, expected, atol=1e-4)
 
 
+def normed(x, p, eps=1e-12):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def test_summands_with_norms_of_their_own_and_their_mean(rng):
+    """LXMERT: each has a norm, and they are averaged; a hidden feature gets a learned one before that (UNITER)."""
+    module = Features(6, 5, vectors={"box": 4}, each_norm=1e-12, average=True, marked=True, width=8)
+    raw = {
+        "features": rng.standard_normal((2, 5, 6)).astype("f"),
+        "box": rng.random((2, 5, 4)).astype("f"),
+        "marked": rng.integers(0, 2, (2, 5)),
+    }
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), raw)["params"])
+
+    def dense(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    boxes = normed(dense(raw["box"], params["box_linear"]), params["box_norm"])
+    for here in (raw["marked"], 0 * raw["marked"]):
+        features = raw["features"] + here[..., None] * params["marked"]["embedding"][1]
+        expected = (normed(dense(features, params["linear"]), params["value_norm"]) + boxes) / 2
+        found = module.apply({"params": params}, {**raw, "marked": here}).values
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    unmarked = {n: x for n, x in raw.items() if n != "marked"}
+    np.testing.assert_allclose(module.apply({"params": params}, unmarked).values, expected, atol=1e-5)
+
+
+def test_a_modality_reads_the_table_and_the_norm_of_another(rng):
+    text = Ids(20, 4, tables={"segment": 3}, norm=1e-12)
+    image = Features(6, 5, tables={"segment": "text"}, norm="text")
+    model = mmx.build_model({"text": text, "image": image}, (mmx.topologies.PerStream(0),), width=8, embed=0)
+    batch = {
+        "text": {"ids": rng.integers(0, 20, (2, 4)), "segment": rng.integers(0, 3, (2, 4))},
+        "image": {"features": rng.standard_normal((2, 5, 6)).astype("f"), "segment": rng.integers(0, 3, (2, 5))},
+    }
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), model.init(jax.random.key(0), batch)["params"])
+    assert set(params["modalities_image"]) == {"linear"}
+    words = params["modalities_text"]
+    expected = batch["image"]["features"] @ params["modalities_image"]["linear"]["kernel"]
+    expected += params["modalities_image"]["linear"]["bias"] + words["segment"]["embedding"][batch["image"]["segment"]]
+    for given in (batch, {"image": batch["image"]}):  # the text itself need not be there
+        found = model.apply({"params": params}, given).streams["image"].values
+        np.testing.assert_allclose(found, normed(expected, words["norm"]), atol=1e-4)
+    wrong = mmx.build_model({"image": image, "text": text}, (mmx.topologies.PerStream(0),), width=8, embed=0)
+    with pytest.raises(InputError, match="modality 'text' has no 'segment' to lend; it has to come first"):
+        wrong.init(jax.random.key(0), batch)
+
+
 def test_patches_of_any_rank_are_cut_in_order(rng):
     """Against loops, with the identity as the linear map."""
     video = rng.standard_normal((2, 4, 6, 9, 2)).astype("f")

@@ -1,5 +1,7 @@
 """Models: any subset of modalities, any topology, clear errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,16 @@ def test_integer_images_are_normalised_and_floats_are_taken_as_they_are(inputs):
 def test_a_topology_is_a_tuple_of_stages(inputs):
     model = build(cross_attention(1) + early_concatenation(1))
     assert init(model)["params"].keys() >= {"stages_0", "stages_1"}
+
+
+def test_streams_may_leave_after_some_of_the_stages(inputs):
+    model = build(cross_attention(1) + early_concatenation(1))
+    variables = init(model)
+    begun = model.clone(stages=model.stages[:-1])
+    some = jax.jit(lambda v: model.apply(v, inputs, stages=len(begun.stages)))(variables)
+    expected = jax.jit(begun.apply)(variables, inputs)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), some.streams, expected.streams)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), some.logits, expected.logits)
 
 
 def test_embeddings_can_be_left_out(inputs):

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -43,7 +43,8 @@ class Embedder(nn.Module, kw_only=True):
             a grid: VideoMAE); fourier (Perceiver, one linear map behind); none. None: what is usual for the kind. Rotary and
             relative positions belong to attention: `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
-            an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM).
+            an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM). The name
+            of a modality instead of a number: its table of that name is read (UNITER).
         joined: further ids by token whose embeddings lie side by side to make a token's width, each by the table it reads:
             `{name: ((table, how many, size), ...)}`, an integer array `(B, L, n)` (the sides of a box: LayoutLMv3).
         vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,
@@ -53,13 +54,16 @@ class Embedder(nn.Module, kw_only=True):
         mask_token: whether there is a learned token for what is hidden.
         type: whether a learned vector tells the modality (ViLT, FLAVA).
         type_outside: whether that vector is added behind the norm (the text of ViLT), and not before it.
-        norm: eps of a LayerNorm on the sum (BERT: 1e-12); None: no norm.
+        norm: eps of a LayerNorm on the sum (BERT: 1e-12), or the name of a modality whose norm it is (VisualBERT); None: no
+            norm.
+        each_norm: eps of a LayerNorm on the token embedding itself and on each of the vectors (UNITER, LXMERT); None: no norm.
+        average: whether the sum is divided by the number of its summands, type and special tokens aside (LXMERT).
         dtype: type of the computation.
     """
 
     width: int | None = None
     position: str | None = None
-    tables: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tables: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
     joined: Mapping[str, tuple[tuple[str, int, int], ...]] = dataclasses.field(default_factory=dict)
     vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     special: tuple[str, ...] = ()
@@ -67,12 +71,15 @@ class Embedder(nn.Module, kw_only=True):
     mask_token: bool = False
     type: bool = False
     type_outside: bool = False
-    norm: float | None = None
+    norm: float | str | None = None
+    each_norm: float | None = None
+    average: bool = False
     dtype: Any = "float32"
 
     usual_position = "learned"
     mixes = False  # whether a token hears of later ones, so that it cannot be read causally
     reads = ("array",)  # the names of what a subclass itself reads in a dict of raw arrays
+    may_read: ClassVar[tuple[str, ...]] = BESIDE  # and of what need not be there
 
     @property
     @abc.abstractmethod
@@ -91,7 +98,7 @@ class Embedder(nn.Module, kw_only=True):
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
         wanted = (*self.reads, *self.tables, *self.joined, *self.vectors)
         for name in given:
-            if name not in (*wanted, *BESIDE):
+            if name not in (*wanted, *self.may_read):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
@@ -132,6 +139,7 @@ class Embedder(nn.Module, kw_only=True):
             values = jnp.where(fields[HIDDEN][..., None] != 0, token, values) if HIDDEN in fields else values
         elif HIDDEN in fields:
             raise InputError(f"{self.name}: {HIDDEN} is given, but there is no mask token; set mask_token=True")
+        values = self._each_norm(values, "value")
         if positions is None:
             positions = self._positions(grid, fields.get(PLACE))
         if positions is not None:
@@ -139,7 +147,10 @@ class Embedder(nn.Module, kw_only=True):
         for name, size in self.tables.items():
             ids = fields[name]
             self._check(name, ids, (*values.shape[:2], *ids.shape[2:3]), integer=True)
-            rows = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(ids)
+            if isinstance(size, str):
+                rows = self._lent(size, name)["embedding"].astype(self.dtype)[ids]
+            else:
+                rows = nn.Embed(size, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name=name)(ids)
             values = values + (rows if ids.ndim == 2 else rows.sum(-2))
         for name, parts in self.joined.items():
             self._check(name, fields[name], (*values.shape[:2], len(parts)), integer=True)
@@ -149,8 +160,11 @@ class Embedder(nn.Module, kw_only=True):
         for name, size in self.vectors.items():
             self._check(name, fields[name], (*values.shape[:2], size), integer=False)
             here = hide(jnp.asarray(fields[name], self.dtype), mask)
-            values = values + nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
+            vector = nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
+            values = values + self._each_norm(vector, name)
         coordinates = fields.get(COORDINATES, coordinates)
+        if self.average:
+            values = values / (1 + (positions is not None) + len(self.tables) + len(self.joined) + len(self.vectors))
         if coordinates is None and len(grid) > 1:
             coordinates = grid_coordinates(grid)
         if KEPT in fields:
@@ -162,10 +176,28 @@ class Embedder(nn.Module, kw_only=True):
             values = values + kind
         if self.norm is not None:
             values = hide(values, mask)  # what a norm makes of a NaN has a gradient of NaN
-            values = make_norm("layer", self.norm, self.dtype, "norm")(values)
+            if isinstance(self.norm, str):
+                weights, eps = self._lent(self.norm, "norm"), self.parent.modalities[self.norm].norm  # type: ignore[union-attr]
+                norm: Any = nn.LayerNorm(epsilon=eps, dtype=self.dtype, parent=None)
+                values = norm.apply({"params": weights}, values)
+            else:
+                values = make_norm("layer", self.norm, self.dtype, "norm")(values)
         if self.type_outside:
             values = values + kind
         return Tokens(hide(values, mask), mask, coordinates, special=self.special)
+
+    def _each_norm(self, values: jax.Array, name: str) -> jax.Array:
+        if self.each_norm is None:
+            return values
+        return make_norm("layer", self.each_norm, self.dtype, f"{name}_norm")(values)
+
+    def _lent(self, modality: str, name: str) -> Any:
+        """The parameters that another modality of the model, which comes before this one, has for both."""
+        lender = getattr(self.parent, "modalities", {}).get(modality)
+        found = None if lender is None else lender.get_variable("params", name)
+        if found is None:
+            raise InputError(f"{self.name}: modality {modality!r} has no {name!r} to lend; it has to come first and to have one")
+        return found
 
     def _positions(self, grid: tuple[int, ...], place: Any) -> jax.Array | None:
         """Position embeddings `(L, D)` of a grid. On a line a shorter one is the beginning; others are resampled."""

@@ -4,13 +4,14 @@ Survey table 1: "RGB RoI, CNN embedding" (ViLBERT, LXMERT), "video clip, 3D-CNN 
 embedding" (MCAT), "music frame, linear projection" (AI Choreographer).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.modalities.embedder import Embedder
+from mmx.modalities.embedder import BESIDE, INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 
@@ -25,14 +26,18 @@ class Features(Embedder):
         length: most features of an example, L; shorter ones are welcome.
         linear: whether there is a linear map; False: features are tokens already, of the model's width.
         position: usually none, since regions have no order; "learned" for clips and frames.
+        marked: whether there may be `marked (B, L)` in the dict, 0 or 1: a learned feature is added where it is 1, on what an
+            objective has hidden (UNITER, HERO).
     """
 
     size: int
     length: int
     linear: bool = True
+    marked: bool = False
 
     usual_position = "none"
     reads = ("features",)
+    may_read: ClassVar[tuple[str, ...]] = (*BESIDE, "marked")
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -45,12 +50,22 @@ class Features(Embedder):
         if x.ndim != 3 or x.shape[2] != self.size or x.shape[1] > self.length:
             raise InputError(f"{self.name}: expected features of shape (B, L <= {self.length}, {self.size}), got {x.shape}")
         mask = token_mask(mask, x.shape[:2])
-        x = hide(jnp.asarray(x, self.dtype), mask)
+        x = jnp.asarray(x, self.dtype)
+        if self.marked:
+            table = nn.Embed(2, self.size, embedding_init=INITIAL, name="marked")
+            here = fields.get("marked", jnp.zeros(x.shape[:2], jnp.int32)).astype(jnp.int32)
+            x = x + jnp.where(here[..., None] == 1, table(here), 0)  # row 0, which is published too, is not read
+        x = hide(x, mask)
         if self.linear:
             x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
         elif self.size != self.width:
             raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
         return self.fuse(x, mask, fields, (x.shape[1],))
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Features by the linear map that embeds them, read the other way round (tied weights): `(B, L, D) -> (B, L, size)`."""
+        kernel = self.get_variable("params", "linear")["kernel"].astype(x.dtype)
+        return jnp.einsum("bld,sd->bls", x, kernel, preferred_element_type=jnp.float32)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""

@@ -31,7 +31,7 @@ TABLE = (
     (r"decoder_bias$", "-> vocab"),
     (r"(^|/)(position|special|token|[^/]*_query)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
-    (r"(^|/)classifier/kernel$", "embed -> head"),
+    (r"(^|/)classifier[^/]*/kernel$", "embed -> head"),
     (r"(^|/)decoder/kernel$", "embed -> vocab"),
     (r"(scale|bias|logit_scale|weight)[^/]*$", ""),  # small vectors and scalars: every device holds them
 )

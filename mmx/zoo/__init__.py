@@ -29,6 +29,7 @@ MODULES = (  # one for each family, or for several close kin
     "gpt2",
     "layoutlm",
     "layoutlmv3",
+    "lxmert",
     "marian",
     "perceiver",
     "siglip",
@@ -36,12 +37,16 @@ MODULES = (  # one for each family, or for several close kin
     "tapas",
     "videomae",
     "vilt",
+    "visual_bert",
     "vit",
     "vit_mae",
     "whisper",
 )
 _MODULES = [importlib.import_module(f"mmx.zoo.{name}") for name in MODULES]
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.name: family for module in (bert, clip, gpt2, lxmert, visual_bert, vit) for family in module.FAMILIES
+}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
 

@@ -140,9 +140,9 @@ def read_text(inputs: Mapping[str, Any]) -> Any:
     return padded(ids, inputs.get("attention_mask"), **beside)
 
 
-def token_loss(logits: Any, labels: Any) -> Any:
-    """The mean cross-entropy of labels; those of -100 do not count."""
-    return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != -100)
+def token_loss(logits: Any, labels: Any, ignored: int = -100) -> Any:
+    """The mean cross-entropy of labels; those that are `ignored` do not count."""
+    return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != ignored)
 
 
 def masked_lm_fields(r: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
 
+REGIONS = 512  # the most an image may have, of models that read regions; published ones know no limit
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -54,6 +56,13 @@ class Chosen:
         """Those that are kept."""
         return np.compress(np.asarray(self.keep), np.asarray(self.array), self.axis)
 
+    def after(self, stage: str, stream: str) -> list[jax.Array]:
+        """What each layer of a stage left of a stream, or, where streams are joint, of all of them: `(B, L, D)`."""
+        inner = self.intermediates.get(stage, {})
+        inner = inner.get(stream, inner.get("stack", inner))
+        states = inner.get("layers", {}).get("states", ())
+        return list(states[stream] if isinstance(states, Mapping) else states)
+
 
 Runner = Callable[..., Run]
 
@@ -85,8 +94,8 @@ class Family:
         config: the dataclass of its configuration.
         build: `(config, heads, dtype) -> model`.
         table: `config -> Table`, of all its heads.
-        forward: `(run, config, inputs) -> fields`: published inputs to published outputs; `run(batch, causal=())` applies
-            the model.
+        forward: `(run, config, inputs) -> fields`: published inputs to published outputs; `run(batch, causal=(), stages=None)`
+            applies the model.
         names: published names of its sizes -> the fields in which they differ from the defaults.
         heads: published heads by our name -> the beginning of their tensors' names.
         prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
@@ -117,6 +126,12 @@ def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
     raw = {"ids": ids, **beside} if beside else ids
     mask = jnp.ones(ids.shape, bool) if mask is None else mask != 0
     return Masked(raw, mask, keep=True)
+
+
+def padded_features(features: Any, mask: Any = None, **beside: Any) -> Masked:
+    """Published features `(B, L, size)`, such as those of regions, and their mask as a raw value, like `padded`."""
+    mask = jnp.ones(features.shape[:2], bool) if mask is None else mask != 0
+    return Masked({"features": features, **beside}, mask, keep=True)
 
 
 def channels_last(pixels: Any, patch: int = 1) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mmx.errors import InputError, unknown, writing
 from mmx.model import MultimodalTransformer, example_batch
 from mmx.parallel import shardings
-from mmx.types import Batch, Params
+from mmx.types import Batch, Masked, Params
 from mmx.zoo import preprocess
 from mmx.zoo import weights as weight_files
 from mmx.zoo.config import parse, to_published
@@ -93,7 +93,14 @@ def _split(inputs: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]]:
     """Inputs as what the program is made for (flags, numbers, names) and what it runs on (arrays)."""
     given = {name: value for name, value in inputs.items() if value is not None}
     flags = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
-    return tuple(flags.items()), {n: jax.tree.map(np.asarray, value) for n, value in given.items() if n not in flags}
+    return tuple(flags.items()), {name: _arrays(value) for name, value in given.items() if name not in flags}
+
+
+def _arrays(value: Any) -> Any:
+    """An input as an array; a mapping of inputs, and of tuples of inputs (LXMERT's labels), as one of arrays."""
+    if isinstance(value, Mapping):
+        return {name: tuple(map(np.asarray, v)) if isinstance(v, tuple) else _arrays(v) for name, v in value.items()}
+    return jax.tree.map(np.asarray, value) if isinstance(value, Masked) else np.asarray(value)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -127,8 +134,8 @@ def _generate(
 def _forward(
     family: Family, model: MultimodalTransformer, config: Any, states: bool, flags: Flags, params: Params, inputs: Batch
 ) -> dict[str, Any]:
-    def run(batch: Batch, causal: Sequence[str] = ()) -> Run:
-        out, more = model.apply({"params": params}, batch, tuple(causal), mutable=["intermediates"])
+    def run(batch: Batch, causal: Sequence[str] = (), stages: int | None = None) -> Run:
+        out, more = model.apply({"params": params}, batch, tuple(causal), stages, mutable=["intermediates"])
         return Run(out, more["intermediates"])  # type: ignore[arg-type]
 
     read = _Inputs({**inputs, **dict(flags)}, family.name)
