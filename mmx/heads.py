@@ -123,7 +123,7 @@ class Classifier(nn.Module):
 
 
 class TiedDecoder(nn.Module):
-    """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
+    """Scores of ids at every token of a modality of ids, with its embedding as the matrix or one of its own: `(B, L, V)` float32.
 
     Args:
         modality: whose ids.
@@ -131,6 +131,7 @@ class TiedDecoder(nn.Module):
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind it (BERT); None: no norm.
         bias: whether every id has a number of its own added to its scores.
+        own: whether the matrix is one of its own (Llama, T5 1.1) and not the embedding.
     """
 
     modality: str
@@ -138,6 +139,7 @@ class TiedDecoder(nn.Module):
     activation: str | None = None
     norm: float | None = None
     bias: bool = True
+    own: bool = False
     dtype: Any = "float32"
 
     @nn.compact
@@ -155,5 +157,8 @@ class TiedDecoder(nn.Module):
             x = x if self.activation is None else ACTIVATIONS[self.activation](x)
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
-        logits = ids.decode(x)
+        if self.own:
+            logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
+        else:
+            logits = ids.decode(x)
         return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits

@@ -17,8 +17,9 @@ from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "fourier", "none")
-PLACE = "place"
-RESERVED = ("token", "position", PLACE, "special", "norm", "patch", "linear", "pen")  # names of parameters
+PLACE, GROUP, SLOTS = "place", "group", "slots"
+BESIDE = (PLACE, GROUP, SLOTS)  # what the raw value of any embedder may tell beside what is embedded
+RESERVED = ("token", "position", *BESIDE, "special", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -28,8 +29,11 @@ class Embedder(nn.Module, kw_only=True):
         token + position + sum of tables + sum of vectors + type (survey 3.1.1, "token embedding fusion")
 
     The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
-    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold `place (B, L)`: which of the
-    learned positions each token has; without it, its own place in the row.
+    `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold, each `(B, L)` int:
+
+        place   where each token stands, for learned and rotary positions; without it, its own place in the row
+        group   tokens of a causal text with the same number see each other both ways; -1: only what is before
+        slots   {stream: which token of that stream stands here, counted through the example's; -1: none}
 
     Args:
         width: size of a token, D; None: the model's.
@@ -77,7 +81,7 @@ class Embedder(nn.Module, kw_only=True):
         given = raw if isinstance(raw, Mapping) else {self.reads[0]: raw}
         wanted = (*self.reads, *self.tables, *self.vectors)
         for name in given:
-            if name not in (*wanted, PLACE):
+            if name not in (*wanted, *BESIDE):
                 raise InputError(f"{self.name}: " + unknown("raw array", name, wanted))
         if missing := [name for name in wanted if name not in given]:
             raise InputError(f"{self.name}: the raw value lacks {', '.join(missing)}; give a dict of {', '.join(wanted)}")
@@ -125,14 +129,21 @@ class Embedder(nn.Module, kw_only=True):
             values = values + nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
         if coordinates is None and len(grid) > 1:
             coordinates = grid_coordinates(grid)
+        elif coordinates is None and PLACE in fields:
+            coordinates = fields[PLACE][..., None]
+        beside: dict[str, Any] = {"groups": fields.get(GROUP), "slots": fields.get(SLOTS)}
+        for name, array in {GROUP: beside["groups"], **(beside["slots"] or {})}.items():
+            if array is not None:
+                self._check(name, array, values.shape[:2], integer=True)
         if self.special:
             values, mask, coordinates = self._put_in_front(values, mask, coordinates)
+            beside = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (len(self.special), 0)), constant_values=-1), beside)
         if self.type:
             values = values + self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype)
         if self.norm is not None:
             values = hide(values, mask)  # what a norm makes of a NaN has a gradient of NaN
             values = make_norm("layer", self.norm, self.dtype, "norm")(values)
-        return Tokens(hide(values, mask), mask, coordinates, special=self.special)
+        return Tokens(hide(values, mask), mask, coordinates, special=self.special, **beside)
 
     def _positions(self, grid: tuple[int, ...], place: Any) -> jax.Array | None:
         """Position embeddings `(L, D)` of a grid. On a line a shorter one is the beginning; others are resampled."""

@@ -18,10 +18,12 @@ class Ids(Embedder):
     Args:
         vocab: number of different ids, V.
         length: the longest sequence, L; shorter ones are welcome.
+        scale: factor of the embeddings where they are read, and not where they are a decoder's matrix (Gemma: sqrt(D)).
     """
 
     vocab: int
     length: int
+    scale: float = 1.0
 
     reads = ("ids",)
 
@@ -38,6 +40,7 @@ class Ids(Embedder):
         if ids.shape[1] > self.length:
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
+        values = values if self.scale == 1 else values * jnp.asarray(self.scale, values.dtype)
         return self.fuse(values, token_mask(mask, ids.shape), fields, (ids.shape[1],))
 
     def decode(self, x: jax.Array) -> jax.Array:
