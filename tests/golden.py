@@ -28,6 +28,9 @@ class Class:
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
+    without: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # prefix of a further call's outputs -> not given
 
 
 CLASSES = {
@@ -40,6 +43,7 @@ CLASSES = {
         },
         call={"return_loss": True},
     ),
+    "PaliGemmaForConditionalGeneration": Class(without={"notype_": ("token_type_ids", "labels")}),
 }
 
 
@@ -51,6 +55,9 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     pretrained = mmx.load_pretrained(folder, family=names.family)
     given = {name: value for name, value in inputs.items() if "." not in name}
     fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
+    for prefix, absent in names.without.items():
+        made = pretrained(**{n: v for n, v in given.items() if n not in absent}, **names.call)
+        fields |= {f"{prefix}{name}": value for name, value in flatten(made).items()}
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in ("pixel_values", "input_features")}
