@@ -233,7 +233,7 @@ class Reconstruction(nn.Module):
 
 
 class TiedDecoder(nn.Module):
-    """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
+    """Scores of ids at every token of a modality of ids, with its embedding as the matrix or one of its own: `(B, L, V)` float32.
 
     Of a modality of features it is their regression, with the linear map that embeds them as the matrix (UNITER).
 

@@ -157,7 +157,7 @@ def build_model(
     stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
     stages = tuple(fill_block(stage, config) for stage in stages)
     for stage in stages:
-        for field in ("depth", "block", "weights", "edges", "sees", "causal", "steps", "streams"):
+        for field in ("depth", "block", "weights", "edges", "sees", "causal", "steps", "streams", "taken"):
             named = getattr(stage, field, None)
             inner = named.values() if isinstance(named, Mapping) and field in ("edges", "sees") else ()
             for name in (*(named if isinstance(named, (Mapping, tuple)) else ()), *(n for names in inner for n in names)):

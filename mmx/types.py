@@ -7,6 +7,7 @@ Shape letters, the same in every file:
     B batch   L length   D width   H heads   K head size   F mlp width   V vocabulary   E embedding size   N examples
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -39,11 +40,17 @@ class Tokens:
 
     `coordinates (L, A)` or `(B, L, A)` say where tokens stand, for rotary positions: on a line, in (row, column), in
     (time, row, column); None: in their order. `special` names the learned tokens in front, such as ("class",).
+
+    `groups (B, L)`: tokens of a causal stream with the same number, if it is not -1, see each other in both directions (the
+    prefix of a prefix-LM). `slots` says for another stream which of an example's tokens of it stand in the places of these,
+    `{stream: (B, L)}`, -1: none; `mmx.topologies.Insert` puts them there.
     """
 
     values: jax.Array
     mask: jax.Array | None = None
     coordinates: Any = None
+    groups: Any = None
+    slots: Any = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     special: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
@@ -51,6 +58,14 @@ class Tokens:
     def dense_mask(self) -> jax.Array:
         """The mask as an array `(B, L)`, also where it is None."""
         return jnp.ones(self.values.shape[:2], bool) if self.mask is None else self.mask
+
+    @property
+    def without_special(self) -> "Tokens":
+        """The tokens behind the special ones."""
+        n = len(self.special)
+        cut = {name: jax.tree.map(lambda x: x[:, n:], getattr(self, name)) for name in ("values", "mask", "groups", "slots")}
+        coordinates = None if self.coordinates is None else self.coordinates[..., n:, :]
+        return dataclasses.replace(self, **cut, coordinates=coordinates, special=())
 
     @property
     def present(self) -> jax.Array:

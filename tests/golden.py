@@ -48,6 +48,9 @@ class Class:
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     # further calls with another configuration: what the names of their outputs begin with, and the fields that differ
     nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
+    without: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # prefix of a further call's outputs -> not given
 
 
 SIGLIP = {
@@ -105,6 +108,7 @@ CLASSES = {
         }
     ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
+    "PaliGemmaForConditionalGeneration": Class(without={"notype_": ("token_type_ids", "labels")}),
 }
 
 
@@ -127,6 +131,9 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
             members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
             given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
     fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
+    for prefix, absent in names.without.items():
+        made = pretrained(**{n: v for n, v in given.items() if n not in absent}, **names.call)
+        fields |= {f"{prefix}{name}": value for name, value in flatten(made).items()}
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in names.source}

@@ -9,7 +9,7 @@ import pytest
 
 from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
-from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Stack, attend, visibility
+from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Stack, attend, make_norm, visibility
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -174,7 +174,15 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean(rng):
 
 
 @pytest.mark.parametrize(
-    "change", [{"norm_kind": "rms"}, {"qk_norm": True}, {"layer_scale": 0.1}, {"kv_heads": 1}, {"bias": False}]
+    "change",
+    [
+        {"norm_kind": "rms"},
+        {"norm_kind": "rms_offset"},
+        {"qk_norm": True},
+        {"layer_scale": 0.1},
+        {"kv_heads": 1},
+        {"bias": False},
+    ],
 )
 def test_every_option_changes_the_block_and_has_gradients(rng, change):
     x = rng.standard_normal((2, 5, 8)).astype(np.float32)
@@ -209,6 +217,29 @@ def test_bfloat16_stays_bfloat16():
 
     read = list(products(jax.make_jaxpr(stack.apply)(variables, x).jaxpr))
     assert len(read) >= 8 and all(dtypes == {jnp.dtype("bfloat16")} for dtypes in read)
+
+
+def test_a_norm_of_one_and_a_parameter(rng):
+    x, scale = rng.standard_normal((2, 3, 8)).astype("f"), rng.standard_normal(8).astype("f")
+    norm = make_norm("rms_offset", 1e-3, "float32", "norm")
+    assert not np.any(norm.init(jax.random.key(0), x)["params"]["scale"])
+    expected = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-3) * (1 + scale)
+    np.testing.assert_allclose(norm.apply({"params": {"scale": scale}}, x), expected, atol=1e-5)
+
+
+def test_states_are_taken_behind_some_layers(rng):
+    x = rng.standard_normal((2, 3, 8)).astype("f")
+    stack = Stack(3, SMALL)
+    params = stack.init(jax.random.key(0), x)["params"]
+    taken = dataclasses.replace(stack, taken=(0, 2, 3))
+    jax.tree.map(np.testing.assert_array_equal, taken.init(jax.random.key(0), x)["params"], params)
+    entered, second, third = np.split(taken.apply({"params": params}, x), 3, axis=-1)
+    shorter = dataclasses.replace(stack, depth=2, config=dataclasses.replace(SMALL, final_norm=False))
+    two = {"layers": jax.tree.map(lambda p: p[:2], params["layers"])}
+    np.testing.assert_array_equal(entered, x)
+    np.testing.assert_allclose(second, shorter.apply({"params": two}, x), atol=1e-6)
+    np.testing.assert_allclose(make_norm("layer", SMALL.eps, "float32", "norm").apply({"params": params["norm"]}, third),
+                               stack.apply({"params": params}, x), atol=1e-6)  # fmt: skip
 
 
 def test_mlp_keeps_its_shape():

@@ -204,6 +204,36 @@ def test_a_modality_reads_the_table_and_the_norm_of_another(rng):
         wrong.init(jax.random.key(0), batch)
 
 
+def test_embeddings_are_scaled_where_they_are_read(rng):
+    module = Ids(9, 4, width=8, position="none", scale=3.0)
+    ids = np.asarray([[1, 2, 5]])
+    params = module.init(jax.random.key(0), ids)["params"]
+    table = np.asarray(params["token"]["embedding"])
+    np.testing.assert_allclose(module.apply({"params": params}, ids).values, 3 * table[ids], atol=1e-6)
+    x = rng.standard_normal((1, 3, 8)).astype("f")
+    np.testing.assert_allclose(module.apply({"params": params}, x, method="decode"), x @ table.T, atol=1e-5)
+
+
+def test_a_raw_value_tells_places_groups_and_slots():
+    module = Ids(9, 4, width=8, special=("class",))
+    ids, place = np.asarray([[1, 2, 5]]), np.asarray([[2, 0, 1]])
+    raw = {"ids": ids, "place": place, "group": np.asarray([[3, 3, -1]]), "slots": {"image": np.asarray([[-1, 0, 1]])}}
+    params = module.init(jax.random.key(0), ids)["params"]
+    tokens = module.apply({"params": params}, raw)
+    np.testing.assert_array_equal(np.ravel(tokens.coordinates), [0, 2, 0, 1])
+    np.testing.assert_array_equal(tokens.groups, [[-1, 3, 3, -1]])
+    np.testing.assert_array_equal(tokens.slots["image"], [[-1, -1, 0, 1]])
+    np.testing.assert_allclose(
+        tokens.values[0, 1:], params["token"]["embedding"][ids[0]] + params["position"][place[0]], atol=1e-6
+    )
+    bare = tokens.without_special
+    assert bare.special == () and bare.values.shape == (1, 3, 8)
+    np.testing.assert_array_equal(bare.slots["image"], raw["slots"]["image"])
+    for wrong in ({"group": np.zeros((1, 2), int)}, {"slots": {"image": np.zeros((1, 3))}}):
+        with pytest.raises(InputError, match="has to hold integers of shape"):
+            module.apply({"params": params}, {**raw, **wrong})
+
+
 def test_patches_of_any_rank_are_cut_in_order(rng):
     """Against loops, with the identity as the linear map."""
     video = rng.standard_normal((2, 4, 6, 9, 2)).astype("f")

@@ -100,6 +100,16 @@ def test_streams_may_leave_after_some_of_the_stages(inputs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), some.logits, expected.logits)
 
 
+def test_scores_of_ids_by_a_matrix_of_its_own(inputs):
+    head = TiedDecoder("text", transform=False, bias=False, own=True)
+    model = mmx.build_model({"text": Ids(20, 6)}, width=8, depth=2, heads=2, outputs={"words": head}, embed=0)
+    ids = np.arange(12).reshape(2, 6)
+    out, variables = model.init_with_output(jax.random.key(0), {"text": ids})
+    own = variables["params"]["heads_words"]["decoder"]["kernel"]
+    assert own.shape == (8, 20)
+    np.testing.assert_allclose(out.logits["words"], out.streams["text"].values @ own, atol=1e-5)
+
+
 def test_embeddings_can_be_left_out(inputs):
     model = build(embed=0)
     out = model.apply(init(model), inputs)

@@ -24,6 +24,7 @@ from mmx.topologies import (
     Bottleneck,
     Cross,
     Gather,
+    Insert,
     Joint,
     Latent,
     PerStream,
@@ -741,6 +742,79 @@ def test_places_may_continue_from_stream_to_stream(rng):
         init_stages([dataclasses.replace(stage, places="continue")], streams, rng)
 
 
+def test_groups_of_a_causal_stream_see_each_other_both_ways(rng):
+    """A prefix of two tokens, then two that see what is before them: changing one token shows who saw it."""
+    x = rng.standard_normal((2, 4, 8)).astype("f")
+    groups = np.asarray([[0, 0, -1, -1], [-1, -1, 5, 5]])
+    stage = PerStream(1, BLOCK)
+
+    def run(params, x):
+        return stage.apply({"params": params}, {"text": Tokens(x, None, groups=groups, causal=True)})["text"].values
+
+    params = init_stages((stage,), {"text": Tokens(x, None, groups=groups, causal=True)}, rng)[0]
+    sees = np.asarray([np.abs(np.asarray(run(params, x) - run(params, np.where(np.arange(4)[:, None] == i, -x, x)))).max(-1) > 1e-6
+                       for i in range(4)])  # fmt: skip
+    np.testing.assert_array_equal(sees.transpose(1, 2, 0), [
+        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]],
+    ])  # fmt: skip
+    both = stage.apply({"params": params}, {"text": Tokens(x, None, groups=np.zeros((2, 4), int), causal=True)})
+    plain = stage.apply({"params": params}, {"text": Tokens(x)})
+    np.testing.assert_allclose(both["text"].values, plain["text"].values, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_insert_puts_tokens_where_slots_say(rng, hidden):
+    """Two images for each example, a class token in front of each that stays out."""
+    image = rng.standard_normal((4, 3, 6)).astype("f")
+    text = rng.standard_normal((2, 6, 8)).astype("f")
+    slots = np.asarray([[-1, 0, 1, -1, 2, 3], [3, -1, -1, -1, -1, 0]])
+    there = rng.random((4, 3)) < 0.6
+    streams = {"image": Tokens(image, there, special=("class",)), "text": Tokens(text, slots={"image": slots})}
+    stage = Insert(hidden=hidden, activation="relu")
+    p = init_stages((stage,), streams, rng)[0]
+    out = stage.apply({"params": p}, streams)
+    mapped = image[:, 1:]
+    if hidden:
+        mapped = np.maximum(mapped @ p["transform"]["kernel"] + p["transform"]["bias"], 0)
+    mapped = (mapped @ p["project"]["kernel"] + p["project"]["bias"]).reshape(2, 4, 8)
+    expected, mask = text.copy(), np.ones((2, 6), bool)
+    for b, place in np.argwhere(slots >= 0):
+        expected[b, place] = mapped[b, slots[b, place]]
+        mask[b, place] = there[:, 1:].reshape(2, 4)[b, slots[b, place]]
+    np.testing.assert_allclose(out["text"].values, expected, atol=1e-5)
+    np.testing.assert_array_equal(out["text"].mask, mask)
+    assert out["image"].values.shape == (4, 2, 8) and out["image"].special == ()
+    absent = stage.apply({"params": p}, {"text": streams["text"]})["text"]
+    np.testing.assert_array_equal(absent.mask, slots < 0)
+    np.testing.assert_array_equal(absent.values, text)
+    unplaced = stage.apply({"params": p}, {**streams, "text": Tokens(text)})["text"]
+    np.testing.assert_array_equal(unplaced.values, text)
+    assert list(stage.apply({"params": p}, {"image": streams["image"]})) == ["image"]
+
+
+def test_an_absent_image_is_the_same_as_one_that_is_masked_in_a_text(rng):
+    model = mmx.build_model(
+        {"image": mmx.modalities.Patches((8, 8), (4, 4)), "text": mmx.modalities.Ids(20, 8)},
+        (PerStream({"image": 1}), Insert(), PerStream({"text": 2}, causal=("text",))),
+        width=8,
+        heads=2,
+    )
+    params = model.init(jax.random.key(0), mmx.example_batch(model))["params"]
+    ids, slots = rng.integers(0, 20, (2, 8)), np.tile([-1, 0, 1, 2, 3, -1, -1, -1], (2, 1))
+    text = {"ids": ids, "slots": {"image": slots}}
+    image = rng.standard_normal((2, 8, 8, 3)).astype("f")
+    without = model.apply({"params": params}, {"text": text}).streams["text"]
+    masked = model.apply({"params": params}, {"text": text, "image": mmx.Masked(image * np.nan, np.zeros(2, bool))}).streams[
+        "text"
+    ]
+    whole = model.apply({"params": params}, {"text": text, "image": image}).streams["text"]
+    np.testing.assert_array_equal(without.dense_mask, masked.dense_mask)
+    kept = without.dense_mask[..., None]
+    np.testing.assert_allclose(np.where(kept, without.values, 0), np.where(kept, masked.values, 0), atol=1e-6)
+    assert whole.dense_mask.all() and np.abs(whole.values[:, -1] - without.values[:, -1]).max() > 1e-3
+
+
 def test_streams_may_differ_in_depth_width_and_causality(rng):
     blocks = {"image": BLOCK, "text": BlockConfig(width=16, heads=4, mlp=8)}
     stage, streams = PerStream({"image": 2, "text": 1}, blocks, causal=("text",)), make_streams(rng, (4, 3), masked=False)
@@ -782,6 +856,13 @@ def test_tuples_add(rng):
 
 
 def test_wrong_topologies_are_refused():
+    streams = {"text": Tokens(np.zeros((2, 3, 8), "f"))}
+    for stage, message in (
+        (PerStream(2, BLOCK, taken={"text": (3,)}), "'text' has layers 0 to 2"),
+        (Insert(activation="rlu"), "did you mean 'relu'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stage.init(jax.random.key(0), streams)
     with pytest.raises(InputError, match="did you mean 'multi_to_one'"):
         make_topology("multi_to_on", 4)
     with pytest.raises(InputError, match="needs depth >= 2, got 1"):

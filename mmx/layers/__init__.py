@@ -1,6 +1,6 @@
 """The blocks every model is made of. No model copies attention or MLP code."""
 
-from mmx.layers.attention import Attention, Line, Sight, attend
+from mmx.layers.attention import PROJECTIONS, Attention, Line, Sight, attend
 from mmx.layers.block import MULTIWAY, Block, BlockConfig, sublayer_names
 from mmx.layers.masks import visibility
 from mmx.layers.mlp import ACTIVATIONS, MLP
@@ -12,6 +12,7 @@ __all__ = [
     "ACTIVATIONS",
     "MLP",
     "MULTIWAY",
+    "PROJECTIONS",
     "Attention",
     "AttentionPool",
     "Block",

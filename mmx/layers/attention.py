@@ -32,7 +32,7 @@ class Sight:
 
     Attributes:
         mask: which tokens exist, `(B, L)`.
-        visible: the rule who may see whom, `(L, L)`, a constant.
+        visible: the rule who may see whom, `(L, L)`, a constant; `(B, 1, L, L)` where it differs between examples.
         coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
         bias: added to the scores, `(H, L, L)` or `(B, H, L, L)`: relative positions.
         lines: the streams that stand one behind the other; read by relative positions.
@@ -58,7 +58,7 @@ def attend(
     key: Float[Array, "B Lk G K"],
     value: Float[Array, "B Lk G V"],
     key_mask: Bool[Array, "B Lk"] | None = None,
-    visible: np.ndarray | None = None,
+    visible: np.ndarray | jax.Array | None = None,
     bias: Float[Array, "*B H Lq Lk"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B Lq H V"]:
@@ -69,7 +69,7 @@ def attend(
         key: `(B, Lk, G, K)`; G divides H, and H / G query heads share one key head.
         value: `(B, Lk, G, V)`.
         key_mask: which keys exist, `(B, Lk)`.
-        visible: the rule who may see whom, `(Lq, Lk)`, a constant.
+        visible: the rule who may see whom, `(Lq, Lk)`, a constant; or by example, `(B, 1, Lq, Lk)`.
         bias: added to the scores, `(H, Lq, Lk)` or `(B, H, Lq, Lk)`.
         scale: factor of the scores; None: 1 / sqrt(K).
 

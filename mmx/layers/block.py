@@ -45,7 +45,7 @@ class BlockConfig:
     norm: str = "pre"
     """Where the norm stands: pre (before a sublayer, one more after the stack) or post (after the residual)."""
     norm_kind: str = "layer"
-    """layer or rms."""
+    """layer, rms, or rms_offset (rms whose scale is 1 + parameter: Gemma)."""
     eps: float = 1e-6
     """The norms' epsilon."""
     context_norm: str | None = None

@@ -53,20 +53,22 @@ class _Layer(nn.Module):
     sublayers: str
     parts: tuple[tuple[str, int], ...]
     multiway: tuple[str, ...]
+    leaves: bool  # its states to whoever called the scan
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, rate: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, jax.Array | None]:
         block = Block(self.config, self.sublayers, self.parts, self.multiway, name="block")
         sight, *rest = shared
         x = block(x, relative_positions(self.config, each=True)(sight), *rest, drop_path=rate)
         sow_states(self, x)
-        return x, None
+        return x, x if self.leaves else None
 
 
 class Stack(nn.Module):
     """`depth` blocks and, for pre-norm, the norm after them: `(B, L, D') -> (B, L, D)`; with depth 0, the identity.
 
-    `parts` and `multiway` are those of `Block`.
+    `parts` and `multiway` are those of `Block`. `taken`: what leaves the stack is the states behind these numbers of layers,
+    side by side along the width, and no norm (LLaVA reads an image behind the last but one); () leaves the end of it.
     """
 
     depth: int
@@ -74,6 +76,7 @@ class Stack(nn.Module):
     sublayers: str = "self mlp"
     parts: tuple[tuple[str, int], ...] = ()
     multiway: tuple[str, ...] = ()
+    taken: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -87,11 +90,14 @@ class Stack(nn.Module):
             return x
         sight = relative_positions(self.config)(sight if sight.lines else dataclasses.replace(sight, lines=(Line(x.shape[1]),)))
         layers = scan_layers(_Layer, self.depth, self.config)
-        layers = layers(self.config, self.sublayers, self.parts, self.multiway, name="layers")
-        x, _ = layers(x, drop_path_rates(self.depth, self.config), (sight, context, context_mask))
+        layers = layers(self.config, self.sublayers, self.parts, self.multiway, bool(self.taken), name="layers")
+        entered = x
+        x, states = layers(x, drop_path_rates(self.depth, self.config), (sight, context, context_mask))
         if self.config.ends_with_norm:
             c, parts = self.config, self.parts if "norm" in self.multiway else ()
             x = each_part(x, parts, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"norm{end}"))
+        if self.taken:
+            x = jnp.concatenate([states[i - 1] if i else entered for i in self.taken], -1)
         return x
 
 

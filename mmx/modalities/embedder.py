@@ -17,8 +17,8 @@ from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "sincos", "interleaved", "fourier", "none")
-PLACE, COORDINATES, KEPT, HIDDEN = "place", "coordinates", "kept", "hidden"
-BESIDE = (PLACE, COORDINATES, KEPT, HIDDEN)  # what the raw value of any embedder may tell beside what is embedded
+PLACE, COORDINATES, KEPT, HIDDEN, GROUP, SLOTS = "place", "coordinates", "kept", "hidden", "group", "slots"
+BESIDE = (PLACE, COORDINATES, KEPT, HIDDEN, GROUP, SLOTS)  # what any raw value may tell beside what is embedded
 RESERVED = ("token", "position", *BESIDE, "special", "mask_token", "norm", "patch", "linear", "pen")  # names of parameters
 INITIAL = nn.initializers.normal(0.02)
 
@@ -31,11 +31,13 @@ class Embedder(nn.Module, kw_only=True):
     The raw value is an array, or a dict of the arrays the embedder reads and of what `tables` and `vectors` name:
     `{"ids": ..., "segment": ...}`. Either may stand in a `Masked`. A dict may also hold
 
-        place (B, L)    which of the learned positions each token has; without it, its own place in the row
+        place (B, L)    where each token stands, for learned and rotary positions; without it, its own place in the row
         coordinates     where tokens stand, `(B, L, A)`, for rotary positions and for relative ones by coordinates; those of
                         special tokens in front are 0, if they are not among them
         kept (B, K)     which tokens go on, and in which order (MAE); without it, all
         hidden (B, L)   where the mask token stands instead of the embedding (BEiT), if there is one
+        group (B, L)    tokens of a causal text with the same number see each other both ways; -1: only what is before
+        slots           {stream: which token of that stream stands here, counted through the example's; -1: none}, `(B, L)`
 
     Args:
         width: size of a token, D; None: the model's.
@@ -167,10 +169,17 @@ class Embedder(nn.Module, kw_only=True):
             values = values / (1 + (positions is not None) + len(self.tables) + len(self.joined) + len(self.vectors))
         if coordinates is None and len(grid) > 1:
             coordinates = grid_coordinates(grid)
+        elif coordinates is None and PLACE in fields:
+            coordinates = fields[PLACE][..., None]
+        beside: dict[str, Any] = {"groups": fields.get(GROUP), "slots": fields.get(SLOTS)}
+        for name, array in {GROUP: beside["groups"], **(beside["slots"] or {})}.items():
+            if array is not None:
+                self._check(name, array, values.shape[:2], integer=True)
         if KEPT in fields:
             values, mask, coordinates = self._keep(fields[KEPT], values, mask, coordinates)
         if self.special:
             values, mask, coordinates = self._put_in_front(values, mask, coordinates)
+            beside = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (len(self.special), 0)), constant_values=-1), beside)
         kind = self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype) if self.type else 0
         if not self.type_outside:
             values = values + kind
@@ -184,7 +193,7 @@ class Embedder(nn.Module, kw_only=True):
                 values = make_norm("layer", self.norm, self.dtype, "norm")(values)
         if self.type_outside:
             values = values + kind
-        return Tokens(hide(values, mask), mask, coordinates, special=self.special)
+        return Tokens(hide(values, mask), mask, coordinates, special=self.special, **beside)
 
     def _each_norm(self, values: jax.Array, name: str) -> jax.Array:
         if self.each_norm is None:

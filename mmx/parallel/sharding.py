@@ -28,6 +28,7 @@ TABLE = (
     (r"(_linear|(^|/)linear)/kernel$", "pixels -> embed"),
     (r"(^|/)token/embedding$", "vocab -> embed"),
     (r"(^|/)embedding$", "length -> embed"),  # a small table: segments, rows, states of a pen
+    (r"(^|/)decoder/kernel$", "embed -> vocab"),
     (r"decoder_bias$", "-> vocab"),
     (r"(^|/)(position|special|token|[^/]*_query)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),

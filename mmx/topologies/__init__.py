@@ -15,6 +15,7 @@ from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
 from mmx.topologies.early_summation import early_summation
+from mmx.topologies.insert import Insert
 from mmx.topologies.latent import latent
 from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
@@ -52,6 +53,7 @@ __all__ = [
     "Bottleneck",
     "Cross",
     "Gather",
+    "Insert",
     "Joint",
     "Latent",
     "PerStream",

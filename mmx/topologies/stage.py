@@ -85,11 +85,21 @@ def sight(streams: Streams, sees: Mapping[str, Collection[str]] | None = None, p
     """What the tokens of a concatenation of streams see of each other; places are those of `Joint`."""
     joint = concatenate(streams)
     causal = [name for name, tokens in streams.items() if tokens.causal]
-    visible = visibility(lengths(streams), causal, sees)
+    visible = _with_groups(visibility(lengths(streams), causal, sees), streams)
     if places == "continued":
         place = jnp.maximum(jnp.cumsum(joint.dense_mask, 1) - 1, 0)[..., None]  # (B, L, 1): what is masked takes no place
         return Sight(joint.mask, visible, place, lines=(Line(joint.values.shape[1]),))
     return Sight(joint.mask, visible, joint.coordinates, lines=tuple(_line(t) for t in streams.values()))
+
+
+def _with_groups(visible: Any, streams: Streams) -> Any:
+    """The rule who may see whom, and beside it the groups of tokens of one stream that see each other: `(B, 1, L, L)`."""
+    if visible is None or all(tokens.groups is None for tokens in streams.values()):
+        return visible
+    each = [jnp.full(t.values.shape[:2], -1) if t.groups is None else t.groups for t in streams.values()]
+    groups, owner = jnp.concatenate(each, 1), np.repeat(np.arange(len(each)), list(lengths(streams).values()))
+    same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, :, None] & (owner[:, None] == owner)
+    return (visible | same)[:, None]
 
 
 def _line(tokens: Tokens) -> Line:

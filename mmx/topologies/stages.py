@@ -145,6 +145,8 @@ class PerStream(Stage):
         block: one configuration or one for each stream; widths may differ between streams.
         causal: streams that are causal here, beside those that come in as causal.
         share: one stack for all streams instead of one each.
+        taken: for a stream the numbers of layers behind which its states are taken, side by side along the width, and no norm:
+            `{"image": (23,)}`; 0: as they came. A stream that is not named leaves from the end of its stack.
     """
 
     depth: int | Mapping[str, int]
@@ -152,6 +154,7 @@ class PerStream(Stage):
     causal: tuple[str, ...] = ()
     share: bool = False
     sublayers: str = "self mlp"
+    taken: Mapping[str, tuple[int, ...]] | None = None
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -164,7 +167,10 @@ class PerStream(Stage):
                 continue
             owner = SHARED if self.share else name
             if owner not in stacks:
-                stacks[owner] = Stack(depth, given(self.block, self, name), self.sublayers, name=owner)
+                taken = (self.taken or {}).get(name, ())
+                if any(not 0 <= i <= depth for i in taken):
+                    raise InputError(f"PerStream.taken: {name!r} has layers 0 to {depth}, not {taken}")
+                stacks[owner] = Stack(depth, given(self.block, self, name), self.sublayers, taken=taken, name=owner)
             tokens = fit(tokens, stacks[owner].config.width, name)
             read = dataclasses.replace(tokens, causal=tokens.causal or name in self.causal)
             new[name] = dataclasses.replace(tokens, values=stacks[owner](tokens.values, sight({name: read})))

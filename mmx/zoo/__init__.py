@@ -26,11 +26,15 @@ MODULES = (  # one for each family, or for several close kin
     "blip",
     "blip2",
     "clip",
+    "gemma",
     "gpt2",
     "layoutlm",
     "layoutlmv3",
+    "llama",
+    "llava",
     "lxmert",
     "marian",
+    "paligemma",
     "perceiver",
     "siglip",
     "t5",
@@ -44,9 +48,6 @@ MODULES = (  # one for each family, or for several close kin
 )
 _MODULES = [importlib.import_module(f"mmx.zoo.{name}") for name in MODULES]
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
-FAMILIES: dict[str, Family] = {
-    family.name: family for module in (bert, clip, gpt2, lxmert, visual_bert, vit) for family in module.FAMILIES
-}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
 

@@ -82,21 +82,26 @@ def block(c: Any, dtype: str, **more: Any) -> BlockConfig:
     )
 
 
+def image_embedder(c: Any) -> Patches:
+    """Patches without bias, a class token in front, a learned position for each, and the norm on their sum."""
+    return Patches(
+        (c.image_size,) * 2,
+        (c.patch_size,) * 2,
+        c.num_channels,
+        width=c.hidden_size,
+        bias=False,
+        special=("class",),
+        special_position=True,
+        norm=c.layer_norm_eps,
+        resize=True,
+    )
+
+
 def _build(c: CLIPConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     image, text = c.vision_config, c.text_config
     return build_model(
         {
-            "image": Patches(
-                (image.image_size,) * 2,
-                (image.patch_size,) * 2,
-                image.num_channels,
-                width=image.hidden_size,
-                bias=False,
-                special=("class",),
-                special_position=True,
-                norm=image.layer_norm_eps,
-                resize=True,
-            ),
+            "image": image_embedder(image),
             "text": Ids(text.vocab_size, text.max_position_embeddings, width=text.hidden_size),
         },
         (
@@ -119,8 +124,18 @@ def _build(c: CLIPConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
     )
 
 
+def image_table(published: str, c: Any) -> Table:
+    """The weights of the image tower in the first stage, but for the norm at its end."""
+    return {
+        f"{published}.embeddings.class_embedding": reshaped("modalities_image/special", c.hidden_size),
+        f"{published}.embeddings.patch_embedding": convolution("modalities_image/patch", *(c.patch_size,) * 2),
+        f"{published}.embeddings.position_embedding.weight": "modalities_image/position",
+        f"{published}.pre_layrnorm": "modalities_image/norm",
+        **layers(f"{published}.encoder.layers.{{}}", "stages_0/image/layers/block", LAYER),
+    }
+
+
 def _table(c: CLIPConfig) -> Table:
-    patch = (c.vision_config.patch_size,) * 2
     return {
         "logit_scale": "logit_scale",
         "text_model.embeddings.token_embedding": "modalities_text/token",
@@ -128,11 +143,7 @@ def _table(c: CLIPConfig) -> Table:
         **layers("text_model.encoder.layers.{}", "stages_0/text/layers/block", LAYER),
         "text_model.final_layer_norm": "stages_0/text/norm",
         "text_projection": "projections_text/projection",
-        "vision_model.embeddings.class_embedding": reshaped("modalities_image/special", c.vision_config.hidden_size),
-        "vision_model.embeddings.patch_embedding": convolution("modalities_image/patch", *patch),
-        "vision_model.embeddings.position_embedding.weight": "modalities_image/position",
-        "vision_model.pre_layrnorm": "modalities_image/norm",
-        **layers("vision_model.encoder.layers.{}", "stages_0/image/layers/block", LAYER),
+        **image_table("vision_model", c.vision_config),
         "vision_model.post_layernorm": "poolers_image/norm",
         "visual_projection": "projections_image/projection",
     }

@@ -75,6 +75,7 @@ class Generation:
         ids: of what is written.
         mask: which of it exists.
         places: whether the places of tokens are told, counted over those that exist: prompts may be padded on the left.
+        beside: further inputs `(B, P)` of the prompt's tokens, 0 where they are not given, and what they are of those written.
         start: `config -> id` that is written first, where the prompt is something else (encoder-decoders); None: the prompt
             stands in `ids`.
     """
@@ -82,6 +83,7 @@ class Generation:
     ids: str = "input_ids"
     mask: str = "attention_mask"
     places: bool = False
+    beside: Mapping[str, int] = dataclasses.field(default_factory=dict)
     start: Callable[[Any], int] | None = None
 
 

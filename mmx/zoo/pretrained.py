@@ -83,6 +83,8 @@ class Pretrained:
         if names.ids not in given:
             raise InputError(f"{self.family.name}: the input {names.ids} is missing; it is the prompt")
         given.setdefault(names.mask, np.ones_like(given[names.ids]))
+        for name in names.beside:
+            given.setdefault(name, np.zeros_like(given[names.ids]))
         return _generate(self.family, self.model, self.config, max_new_tokens, flags, self.params, as_batch(given))
 
 
@@ -111,9 +113,10 @@ def _generate(
     assert names is not None
     prompt = inputs[names.ids].shape[1]
     ids, mask = (jnp.pad(inputs[name], ((0, 0), (0, count))) for name in (names.ids, names.mask))
+    beside = {n: jnp.pad(inputs[n], ((0, 0), (0, count)), constant_values=value) for n, value in names.beside.items()}
 
     def logits_of(ids: jax.Array, mask: jax.Array) -> jax.Array:
-        now = {**inputs, names.ids: ids, names.mask: mask}
+        now = {**inputs, **beside, names.ids: ids, names.mask: mask}
         if names.places:
             now["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
         return _forward(family, model, config, False, flags, params, now)["logits"]
