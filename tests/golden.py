@@ -48,9 +48,6 @@ class Class:
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     # further calls with another configuration: what the names of their outputs begin with, and the fields that differ
     nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
-    without: Mapping[str, tuple[str, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # prefix of a further call's outputs -> not given
 
 
 SIGLIP = {
@@ -118,32 +115,26 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     inputs, recorded = (safetensors.numpy.load_file(folder / f"{n}.safetensors") for n in ("inputs", "outputs"))
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
-    given = {name: value for name, value in inputs.items() if "." not in name}
-    fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
-    for prefix, inputs_of in names.calls.items():
-        fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
-    for prefix, change in names.configs.items():
-        fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
     given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
     for name, _, last in (name.partition(".") for name in inputs):
         if name in names.nested:
             key = last.partition(".")[0]
             members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
             given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
-    fields = flatten(pretrained(**given, **names.call, output_hidden_states=True))
-    for prefix, absent in names.without.items():
-        made = pretrained(**{n: v for n, v in given.items() if n not in absent}, **names.call)
-        fields |= {f"{prefix}{name}": value for name, value in flatten(made).items()}
+    fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
+    for prefix, inputs_of in names.calls.items():
+        fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
+    for prefix, change in ((p, c) for p, c in names.configs.items() if any(n.startswith(p) for n in recorded)):
+        fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in given.items() if n in names.source}
         steps = recorded["generate.logits"].shape[1]
-        made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
-        fields["generate."] = flatten(made)
+        fields["generate."] = flatten(pretrained.generate(**{**others, **prompt}, max_new_tokens=steps))
     found = {}
     for name in recorded:
         prefix = max((p for p in fields if name.startswith(p)), key=len)
-        field = ours(name.removeprefix(prefix), names.rename)
+        field = names.rename.get(name, ours(name.removeprefix(prefix), names.rename))
         if field in fields[prefix]:
             found[name] = np.asarray(fields[prefix][field])
     return found

@@ -209,14 +209,12 @@ class Block(nn.Module):
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:
                 y = y * self.param(f"{name}_scale", nn.initializers.constant(c.layer_scale), (c.width,)).astype(y.dtype)
-            y = x + self.drop(y, drop_path, name)
+            y = self.drop(y, drop_path, name)
+            y = y if kind == "cross" and not c.cross_residual else x + y
             y = y if c.norm == "pre" else norm(y)
             if c.skip and kind == "cross" and context_mask is not None:
                 y = jnp.where(context_mask.any(-1)[:, None, None], y, x)
             x = constrain(y, "batch", "length", "stream")
-            y = self.drop(y, drop_path, name)
-            x = y if kind == "cross" and not c.cross_residual else x + y
-            x = constrain(x if c.norm == "pre" else norm(x), "batch", "length", "stream")
         return x
 
     def drop(self, y: jax.Array, drop_path: jax.Array | float, name: str) -> jax.Array:

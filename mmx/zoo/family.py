@@ -30,11 +30,15 @@ class Run:
 
         Of all streams behind each other where the stage is a `Joint`.
         """
-        left = self.intermediates[stage]
         entered = jnp.concatenate([self.intermediates["states"][name] for name in streams], 1)
-        if "layers" in left:  # a Cross
-            return [entered, *left["layers"]["states"][streams[0]]]
-        return [entered, *left["stack" if "stack" in left else streams[0]]["layers"]["states"]]
+        return [entered, *self.after(stage, streams[0])]
+
+    def after(self, stage: str, stream: str) -> list[jax.Array]:
+        """What each layer of a stage left of a stream, or, where streams are joint, of all of them: `(B, L, D)`."""
+        inner = self.intermediates.get(stage, {})
+        inner = inner.get(stream, inner.get("stack", inner))
+        states = inner.get("layers", {}).get("states", ())
+        return list(states[stream] if isinstance(states, Mapping) else states)
 
     def gathered(self, gather: str, stage: str) -> list[jax.Array]:
         """The states of the stream that the stage `gather` made, before the first layer of the stage behind it and after each."""
@@ -55,13 +59,6 @@ class Chosen:
     def take(self) -> np.ndarray:
         """Those that are kept."""
         return np.compress(np.asarray(self.keep), np.asarray(self.array), self.axis)
-
-    def after(self, stage: str, stream: str) -> list[jax.Array]:
-        """What each layer of a stage left of a stream, or, where streams are joint, of all of them: `(B, L, D)`."""
-        inner = self.intermediates.get(stage, {})
-        inner = inner.get(stream, inner.get("stack", inner))
-        states = inner.get("layers", {}).get("states", ())
-        return list(states[stream] if isinstance(states, Mapping) else states)
 
 
 Runner = Callable[..., Run]
