@@ -9,7 +9,7 @@ gave which output). Nothing of a model is here: only which call has which name.
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,29 @@ class Class:
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
+    rows: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)  # inputs -> which of ours were recorded
     nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
 
 
+MASKED_WORDS = {name: lambda inputs: inputs["txt_labels"] != -1 for name in ("scores.mlm", "loss.mlm")}
+MASKED_REGIONS = {
+    f"{kind}.{task}": lambda inputs: inputs["img_mask_tgt"] == 1
+    for kind in ("scores", "loss")
+    for task in ("mrfr", "mrc", "mrc-kl")
+}
 CLASSES = {
+    "InterBertForMultiModalPreTraining": Class(family="interbert"),
+    "BertForMultiModalPreTraining": Class(family="vilbert", call={"output_all_encoded_layers": True}),
+    "UniterForPretraining": Class(
+        family="uniter",
+        rename={"wra.ot_pos_dist": "wra", "wra.ot_neg_dist": "wra"},
+        rows={
+            **MASKED_WORDS,
+            **MASKED_REGIONS,
+            "wra.ot_pos_dist": lambda inputs: inputs["targets"] == 1,
+            "wra.ot_neg_dist": lambda inputs: inputs["targets"] == 0,
+        },
+    ),
     "LxmertForPreTraining": Class(
         rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")},
         nested=("obj_labels",),
@@ -67,12 +86,15 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
         steps = recorded["generate.logits"].shape[1]
         made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
         fields |= {f"generate.{name}": value for name, value in flatten(made).items()}
-    return {name: np.asarray(fields[ours(name, names.rename)]) for name in recorded if ours(name, names.rename) in fields}
+    found = {name: np.asarray(fields[ours(name, names.rename)]) for name in recorded if ours(name, names.rename) in fields}
+    return {name: value[names.rows[name](inputs)] if name in names.rows else value for name, value in found.items()}
 
 
 def class_of(folder: Path) -> str:
     """The published class: what config.json says, else the folder's name."""
-    return json.loads((folder / "config.json").read_text()).get("architectures", [folder.name])[0]
+    fields = json.loads((folder / "config.json").read_text())
+    named = [*fields.get("architectures", ()), fields.get("reference_class"), folder.name]
+    return next((name for name in named if name in CLASSES), folder.name)
 
 
 def ours(name: str, rename: Mapping[str, str]) -> str:
