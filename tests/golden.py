@@ -82,6 +82,28 @@ CLASSES = {
     "ViTMAEForPreTraining": Class(
         rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
         configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
+    rows: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)  # inputs -> which of ours were recorded
+    nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
+
+
+MASKED_WORDS = {name: lambda inputs: inputs["txt_labels"] != -1 for name in ("scores.mlm", "loss.mlm")}
+MASKED_REGIONS = {
+    f"{kind}.{task}": lambda inputs: inputs["img_mask_tgt"] == 1
+    for kind in ("scores", "loss")
+    for task in ("mrfr", "mrc", "mrc-kl")
+}
+CLASSES = {
+    "InterBertForMultiModalPreTraining": Class(family="interbert"),
+    "BertForMultiModalPreTraining": Class(family="vilbert", call={"output_all_encoded_layers": True}),
+    "UniterForPretraining": Class(
+        family="uniter",
+        rename={"wra.ot_pos_dist": "wra", "wra.ot_neg_dist": "wra"},
+        rows={
+            **MASKED_WORDS,
+            **MASKED_REGIONS,
+            "wra.ot_pos_dist": lambda inputs: inputs["targets"] == 1,
+            "wra.ot_neg_dist": lambda inputs: inputs["targets"] == 0,
+        },
     ),
     "LxmertForPreTraining": Class(
         rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")},
@@ -148,11 +170,17 @@ def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo
         fields = json.loads((folder / "config.json").read_text())
         (Path(other) / "config.json").write_text(json.dumps({**fields, **change}))
         return mmx.load_pretrained(other, family=family)
+        made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
+        fields |= {f"generate.{name}": value for name, value in flatten(made).items()}
+    found = {name: np.asarray(fields[ours(name, names.rename)]) for name in recorded if ours(name, names.rename) in fields}
+    return {name: value[names.rows[name](inputs)] if name in names.rows else value for name, value in found.items()}
 
 
 def class_of(folder: Path) -> str:
     """The published class: what config.json says, else the folder's name."""
-    return json.loads((folder / "config.json").read_text()).get("architectures", [folder.name])[0]
+    fields = json.loads((folder / "config.json").read_text())
+    named = [*fields.get("architectures", ()), fields.get("reference_class"), folder.name]
+    return next((name for name in named if name in CLASSES), folder.name)
 
 
 def ours(name: str, rename: Mapping[str, str]) -> str:
