@@ -24,6 +24,7 @@ from mmx.topologies import (
     Gather,
     Joint,
     Latent,
+    Norm,
     PerStream,
     Sum,
     catalogue,
@@ -585,6 +586,15 @@ def test_gathering_is_the_formula(rng):
     np.testing.assert_array_equal(plain[FUSED].values, streams["text"].values)
     with pytest.raises(InputError, match="5 tokens, but positions=4"):
         Gather(positions=4).init(jax.random.key(0), streams)
+
+
+def test_a_norm_for_each_stream_that_is_named(rng):
+    streams, stage = make_streams(rng, (2, 3)), Norm({"text": 1e-6})
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), stage.init(jax.random.key(0), streams))
+    out, x, p = stage.apply(params, streams), streams["text"].values, params["params"]["text_norm"]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+    np.testing.assert_allclose(out["text"].values, x, atol=1e-5)
+    assert out["image"] is streams["image"]
 
 
 def test_relative_positions_on_a_grid(rng):
