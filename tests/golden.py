@@ -29,6 +29,11 @@ def without(*names: str) -> Callable[[Arrays], Arrays]:
     return lambda inputs: {name: x for name, x in inputs.items() if name not in names and "." not in name}
 
 
+def those(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: these of the first one."""
+    return lambda inputs: {name: inputs[name] for name in names}
+
+
 @dataclasses.dataclass(frozen=True)
 class Class:
     """Names of one published class: of the family, where config.json tells none, and of outputs, recorded name -> ours."""
@@ -57,10 +62,22 @@ CLASSES = {
         },
         call={"return_loss": True},
     ),
+    "FlavaForPreTraining": Class(
+        rename={
+            **{f"{n}_pooler_output": f"{n}_output.pooler_output" for n in ("image", "text", "multimodal")},
+            **{f"unimodal.{n}_loss": f"loss_info.{n}" for n in ("mim", "mlm")},
+            **{f"unimodal.{n}_logits": f"{n}_logits" for n in ("mim", "mlm")},
+        },
+        call={"skip_unmasked_multimodal_encoder": False, "return_loss": True},
+        calls={
+            "unimodal.mim_": those("pixel_values", "bool_masked_pos", "mim_labels"),
+            "unimodal.mlm_": those("input_ids", "input_ids_masked", "attention_mask", "token_type_ids", "mlm_labels"),
+        },
+    ),
     "LayoutLMv3Model": Class(
         calls={
             "textonly_": without("pixel_values"),
-            "imageonly_": lambda inputs: {"pixel_values": inputs["pixel_values"]},
+            "imageonly_": those("pixel_values"),
         }
     ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
@@ -86,7 +103,7 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     found = {}
     for name in recorded:
         prefix = max((p for p in fields if name.startswith(p)), key=len)
-        field = ours(name.removeprefix(prefix), names.rename)
+        field = names.rename.get(name, ours(name.removeprefix(prefix), names.rename))
         if field in fields[prefix]:
             found[name] = np.asarray(fields[prefix][field])
     return found
