@@ -33,6 +33,9 @@ def without(*names: str) -> Callable[[Arrays], Arrays]:
 def zeros(*names: str) -> Callable[[Arrays], Arrays]:
     """The inputs of a further call: these are all zeros, and labels are left out."""
     return lambda inputs: {n: np.zeros_like(x) if n in names else x for n, x in without("labels")(inputs).items()}
+def those(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: these of the first one."""
+    return lambda inputs: {name: inputs[name] for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +123,22 @@ CLASSES = {
     ),
     "MarianMTModel": Class(source=("input_ids", "attention_mask")),
     "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
+    "FlavaForPreTraining": Class(
+        rename={
+            **{f"{n}_pooler_output": f"{n}_output.pooler_output" for n in ("image", "text", "multimodal")},
+            **{f"unimodal.{n}_loss": f"loss_info.{n}" for n in ("mim", "mlm")},
+            **{f"unimodal.{n}_logits": f"{n}_logits" for n in ("mim", "mlm")},
+        },
+        call={"skip_unmasked_multimodal_encoder": False, "return_loss": True},
+        calls={
+            "unimodal.mim_": those("pixel_values", "bool_masked_pos", "mim_labels"),
+            "unimodal.mlm_": those("input_ids", "input_ids_masked", "attention_mask", "token_type_ids", "mlm_labels"),
+        },
+    ),
     "LayoutLMv3Model": Class(
         calls={
             "textonly_": without("pixel_values"),
-            "imageonly_": lambda inputs: {"pixel_values": inputs["pixel_values"]},
+            "imageonly_": those("pixel_values"),
         }
     ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),

@@ -1,4 +1,4 @@
-"""The four stages that the six topologies are made of, and `Gather`; `mmx.topologies.latents` adds two with learned tokens."""
+"""The four stages that the six topologies are made of, `Gather` and `Norm`; `mmx.topologies.latents` adds two with learned tokens."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -133,6 +133,20 @@ class Gather(Stage):
         if self.type:
             x = x + self.param(f"{name}_type_bias", INITIAL, (width,)).astype(x.dtype)
         return dataclasses.replace(tokens, values=x)
+
+
+class Norm(Stage):
+    """A LayerNorm of its own for the tokens of each stream that is named, `{stream: eps}`: behind what others have read before it."""
+
+    eps: Mapping[str, float]
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        def norm(name: str, tokens: Tokens) -> Tokens:
+            x = make_norm("layer", self.eps[name], tokens.values.dtype, f"{name}_norm")(tokens.values)
+            return dataclasses.replace(tokens, values=x)
+
+        return {name: norm(name, tokens) if name in self.eps else tokens for name, tokens in streams.items()}
 
 
 class PerStream(Stage):
