@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train, zoo
+    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, profile, topologies, train, zoo
     from mmx.flops import count_flops
     from mmx.generate import greedy
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "evaluate", "heads", "layers", "losses", "modalities", "objectives", "parallel", "topologies", "train", "zoo")
+_MODULES = (
+    "data",
+    "evaluate",
+    "heads",
+    "layers",
+    "losses",
+    "modalities",
+    "objectives",
+    "parallel",
+    "profile",
+    "topologies",
+    "train",
+    "zoo",
+)
 _NAMES = {
     "Experiment": "mmx.train.experiment",
     "Masked": "mmx.types",
@@ -63,6 +76,7 @@ __all__ = [
     "modalities",
     "objectives",
     "parallel",
+    "profile",
     "save_pretrained",
     "topologies",
     "train",

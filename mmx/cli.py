@@ -11,6 +11,8 @@ from typing import Any
 COMMANDS = {
     "train": "train a model: mmx train [CONFIG.py] [--field value ...]; see mmx train --help",
     "study": "train several topologies with several seeds and write one table; see mmx study --help",
+    "list": "list the published models by name: mmx list [PATTERN], such as 'clip*'",
+    "profile": "parameters and FLOPs of published models: mmx profile NAME..., patterns allowed",
 }
 
 
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"error: {unknown('command', arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
+    if arguments[0] in ("list", "profile"):
+        return _guarded(lambda: {"list": _list, "profile": _profile}[arguments[0]](arguments[1:]))
     return {"train": train, "study": study}[arguments[0]](arguments[1:], started)
 
 
@@ -56,6 +60,40 @@ def _study(arguments: Sequence[str]) -> None:
     from mmx.study import Study, run_study
 
     run_study(tyro.cli(Study, args=list(arguments), prog="mmx study", config=(tyro.conf.FlagConversionOff,)))
+
+
+def _list(arguments: Sequence[str]) -> None:
+    if set(arguments) & {"-h", "--help"}:
+        print(COMMANDS["list"])
+        return
+    print("\n".join(_named(arguments or ["*"])))
+
+
+def _profile(arguments: Sequence[str]) -> None:
+    from mmx.errors import InputError
+    from mmx.profile import profile, table
+
+    if set(arguments) & {"-h", "--help"}:
+        print(COMMANDS["profile"])
+        return
+    if not arguments:
+        raise InputError("mmx profile needs the name of a model; mmx list lists them")
+    profiles = [profile(name) for name in _named(arguments)]
+    print(profiles[0] if len(profiles) == 1 else table(profiles))
+
+
+def _named(patterns: Sequence[str]) -> list[str]:
+    """The names that match patterns, in their order; a pattern without a match is refused with the nearest name."""
+    from mmx.errors import InputError, unknown
+    from mmx.zoo import NAMES, list_models
+
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = list_models(pattern)
+        if not names:
+            raise InputError(unknown("model", pattern, NAMES))
+        found |= dict.fromkeys(names)
+    return list(found)
 
 
 def _guarded(command: Any) -> int:

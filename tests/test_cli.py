@@ -133,6 +133,21 @@ def test_the_command(capsys):
     assert cli.main(["train", "nothing.py"]) == 2 and "no configuration file" in capsys.readouterr().err
 
 
+def test_models_are_listed_and_profiled(capsys):
+    assert cli.main(["list", "clip-*", "gpt2"]) == 0
+    assert capsys.readouterr().out.split() == [*mmx.list_models("clip-*"), "gpt2"]
+    assert cli.main(["list"]) == 0 and capsys.readouterr().out.split() == mmx.list_models()
+    assert cli.main(["profile", "ViT-S-32"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"ViT-S-32 +224 +384 +384 +384 +63\.09 +22\.64 +40\.44 +5\.66 +2\.29 +3\.38", out)
+    assert "stages_0" in out and "attention in full" in out
+    assert cli.main(["profile", "ViT-S-*"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["model", "ViT-S-16", "ViT-S-32", "FLOPs:"]
+    assert cli.main(["profile", "ViT-B-3"]) == 2 and "did you mean 'ViT-B-32'" in capsys.readouterr().err
+    assert cli.main(["profile"]) == 2 and "mmx list lists them" in capsys.readouterr().err
+    assert cli.main(["list", "--help"]) == 0 and cli.main(["profile", "--help"]) == 0
+
+
 def test_a_study_matches_parameters_or_flops(tiny):
     from mmx.study import cost, match
 
