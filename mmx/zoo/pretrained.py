@@ -193,7 +193,10 @@ def load_pretrained(
         heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
     model = build(found, config, heads, dtype)
     weights, params = _weights(found, config, model)
-    names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
+    names = {w.name: w.name.removeprefix(found.prefix + ".") if bare else w.name for w in weights}
+    for old, new in found.formerly.items():
+        older = {n: n.removesuffix(new) + old for n in names.values() if n.endswith(new)}
+        names = {ours: older[n] if older.get(n) in tensors.shapes else n for ours, n in names.items()}
     known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
@@ -214,6 +217,8 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     folder.mkdir(parents=True, exist_ok=True)
     family = pretrained.family
     weights, _ = _weights(family, pretrained.config, pretrained.model)
+    if not pretrained.heads:  # the bare model, whose names have no prefix
+        weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
     weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
     fields = {**pretrained.extra, **to_published(pretrained.config), "model_type": family.name}
     with writing(folder / "config.json") as path:
