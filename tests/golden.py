@@ -58,6 +58,7 @@ CLASSES = {
         },
         call={"return_loss": True},
     ),
+    "Wav2Vec2Model": Class(calls={"nomask_": without("attention_mask")}),
     "MarianMTModel": Class(source=("input_ids", "attention_mask")),
     "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
 }

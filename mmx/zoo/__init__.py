@@ -12,12 +12,12 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import audio_spectrogram_transformer, bert, clip, gpt2, marian, t5, vit, whisper
+from mmx.zoo import audio_spectrogram_transformer, bert, clip, gpt2, marian, t5, vit, wav2vec2, whisper
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_pretrained, save_pretrained
 
-MODULES = (audio_spectrogram_transformer, bert, clip, gpt2, marian, t5, vit, whisper)
+MODULES = (audio_spectrogram_transformer, bert, clip, gpt2, marian, t5, vit, wav2vec2, whisper)
 FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
