@@ -102,7 +102,7 @@ class MultimodalTransformer(nn.Module):
 
 def embed(embedder: Any, raw: Any) -> Tokens:
     """The tokens of a raw value; of one that keeps what is masked (`Masked.keep`), all of them."""
-    if not (isinstance(raw, Masked) and raw.keep):
+    if not (isinstance(raw, Masked) and raw.keep) or embedder.keeps:
         return embedder(raw)
     tokens = embedder(raw.array)
     count = len(tokens.special)

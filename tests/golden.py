@@ -20,8 +20,6 @@ import safetensors.numpy
 import mmx
 
 TOLERANCE = 2e-5  # x max(1, largest value)
-
-
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 
@@ -30,42 +28,53 @@ def without(*names: str) -> Callable[[Arrays], Arrays]:
     return lambda inputs: {name: x for name, x in inputs.items() if name not in names and "." not in name}
 
 
+def those(*names: str) -> Callable[[Arrays], Arrays]:
+    """The inputs of a further call: these of the first one."""
+    return lambda inputs: {name: inputs[name] for name in names if name in inputs}
+
+
 def zeros(*names: str) -> Callable[[Arrays], Arrays]:
     """The inputs of a further call: these are all zeros, and labels are left out."""
     return lambda inputs: {n: np.zeros_like(x) if n in names else x for n, x in without("labels")(inputs).items()}
-def those(*names: str) -> Callable[[Arrays], Arrays]:
-    """The inputs of a further call: these of the first one."""
-    return lambda inputs: {name: inputs[name] for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Class:
-    """Names of one published class: of the family, where config.json tells none, and of outputs, recorded name -> ours."""
+    """Names of one published class.
+
+    Args:
+        family: where config.json tells none.
+        rename: recorded output -> ours.
+        call: what is given beside the inputs.
+        source: the inputs of the call that are given to generation too.
+        calls: further calls: what the names of their recorded outputs begin with, and their inputs from all that are stored.
+        configs: further calls with other fields in the configuration: what the names of their outputs begin with.
+        nested: inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"].
+        rows: recorded output -> from the inputs, which of ours were recorded.
+    """
 
     family: str | None = None
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is given beside the inputs
-    source: tuple[str, ...] = ("pixel_values", "input_features")  # the inputs of the call that are given to generation too
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source: tuple[str, ...] = ("pixel_values", "input_features")
     calls: Mapping[str, Callable[[Arrays], Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
-    # further calls: what the names of their recorded outputs begin with, and their inputs made from all that are stored
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    # further calls with another configuration: what the names of their outputs begin with, and the fields that differ
-    nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
+    nested: tuple[str, ...] = ()
+    rows: Mapping[str, Callable[[Arrays], Any]] = dataclasses.field(default_factory=dict)
 
 
-SIGLIP = {
-    f"{tower}_{field}": f"{tower}_model_output.{field}"
-    for tower in ("text", "vision")
-    for field in ("last_hidden_state", "hidden_states", "pooler_output")
+TOWERS = {f"{t}_{n}": f"{t}_model_output.{n}" for t in ("text", "vision") for n in ("last_hidden_state", "hidden_states")}
+POOLED = {f"{tower}_pooler_output": f"{tower}_model_output.pooler_output" for tower in ("text", "vision")}
+MASKED_WORDS = {name: lambda inputs: inputs["txt_labels"] != -1 for name in ("scores.mlm", "loss.mlm")}
+MASKED_REGIONS = {
+    f"{kind}.{task}": lambda inputs: inputs["img_mask_tgt"] == 1
+    for kind in ("scores", "loss")
+    for task in ("mrfr", "mrc", "mrc-kl")
 }
 CLASSES = {
-    "SiglipModel": Class(rename=SIGLIP, call={"return_loss": True}, calls={"nomask_": without("attention_mask")}),
-    "Siglip2Model": Class(rename=SIGLIP, call={"return_loss": True}),
     "ALBEFMultimodalEncoder": Class("albef"),
-    "BlipForConditionalGeneration": Class(rename={"text_last_hidden_state": "text_model_output.last_hidden_state"}),
-    "BlipForImageTextRetrieval": Class(
-        rename={"question_embeds_itm": "question_embeds", "question_embeds_itc": "question_embeds_alone"}
-    ),
+    "BeitForMaskedImageModeling": Class(calls={"unmasked_": zeros("bool_masked_pos")}),
+    "BertForMultiModalPreTraining": Class("vilbert", call={"output_all_encoded_layers": True}),
     "Blip2QFormerModel": Class(
         calls={
             "text.": lambda x: {
@@ -81,48 +90,15 @@ CLASSES = {
             },
         }
     ),
-    "BeitForMaskedImageModeling": Class(calls={"unmasked_": zeros("bool_masked_pos")}),
-    "ViTMAEForPreTraining": Class(
-        rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
-        configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
-    rows: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)  # inputs -> which of ours were recorded
-    nested: tuple[str, ...] = ()  # inputs that are dicts of tuples: the recorded a.b.c is member c of a["b"]
-
-
-MASKED_WORDS = {name: lambda inputs: inputs["txt_labels"] != -1 for name in ("scores.mlm", "loss.mlm")}
-MASKED_REGIONS = {
-    f"{kind}.{task}": lambda inputs: inputs["img_mask_tgt"] == 1
-    for kind in ("scores", "loss")
-    for task in ("mrfr", "mrc", "mrc-kl")
-}
-CLASSES = {
-    "InterBertForMultiModalPreTraining": Class(family="interbert"),
-    "BertForMultiModalPreTraining": Class(family="vilbert", call={"output_all_encoded_layers": True}),
-    "UniterForPretraining": Class(
-        family="uniter",
-        rename={"wra.ot_pos_dist": "wra", "wra.ot_neg_dist": "wra"},
-        rows={
-            **MASKED_WORDS,
-            **MASKED_REGIONS,
-            "wra.ot_pos_dist": lambda inputs: inputs["targets"] == 1,
-            "wra.ot_neg_dist": lambda inputs: inputs["targets"] == 0,
-        },
-    ),
-    "LxmertForPreTraining": Class(
-        rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")},
-        nested=("obj_labels",),
+    "BlipForConditionalGeneration": Class(rename={"text_last_hidden_state": "text_model_output.last_hidden_state"}),
+    "BlipForImageTextRetrieval": Class(
+        rename={"question_embeds_itm": "question_embeds", "question_embeds_itc": "question_embeds_alone"}
     ),
     "CLIPModel": Class(
-        rename={
-            **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
-            **{f"vision_{n}": f"vision_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
-            "text_pooler_output": "text_features",
-            "vision_pooler_output": "image_features",
-        },
+        rename={**TOWERS, "text_pooler_output": "text_features", "vision_pooler_output": "image_features"},
         call={"return_loss": True},
     ),
-    "MarianMTModel": Class(source=("input_ids", "attention_mask")),
-    "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
+    "CoCa": Class("coca", rename={"loss_contrastive": "contrastive_loss", "loss_caption_x2": "caption_loss"}),
     "FlavaForPreTraining": Class(
         rename={
             **{f"{n}_pooler_output": f"{n}_output.pooler_output" for n in ("image", "text", "multimodal")},
@@ -135,14 +111,33 @@ CLASSES = {
             "unimodal.mlm_": those("input_ids", "input_ids_masked", "attention_mask", "token_type_ids", "mlm_labels"),
         },
     ),
-    "LayoutLMv3Model": Class(
-        calls={
-            "textonly_": without("pixel_values"),
-            "imageonly_": those("pixel_values"),
-        }
+    "GitForCausalLM": Class(rename={"vision_last_hidden_state": "vision_model_output.last_hidden_state"}),
+    "InterBertForMultiModalPreTraining": Class("interbert"),
+    "LayoutLMv3Model": Class(calls={"textonly_": without("pixel_values"), "imageonly_": those("pixel_values")}),
+    "LxmertForPreTraining": Class(
+        rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")}, nested=("obj_labels",)
+    ),
+    "MarianMTModel": Class(source=("input_ids", "attention_mask")),
+    "PaliGemmaForConditionalGeneration": Class(calls={"notype_": without("token_type_ids", "labels")}),
+    "Siglip2Model": Class(rename=TOWERS | POOLED, call={"return_loss": True}),
+    "SiglipModel": Class(rename=TOWERS | POOLED, call={"return_loss": True}, calls={"nomask_": without("attention_mask")}),
+    "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
+    "UniterForPretraining": Class(
+        "uniter",
+        rename={"wra.ot_pos_dist": "wra", "wra.ot_neg_dist": "wra"},
+        rows={
+            **MASKED_WORDS,
+            **MASKED_REGIONS,
+            "wra.ot_pos_dist": lambda inputs: inputs["targets"] == 1,
+            "wra.ot_neg_dist": lambda inputs: inputs["targets"] == 0,
+        },
+    ),
+    "ViTMAEForPreTraining": Class(
+        rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
+        configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
     ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
-    "PaliGemmaForConditionalGeneration": Class(without={"notype_": ("token_type_ids", "labels")}),
+    "Wav2Vec2Model": Class(calls={"nomask_": without("attention_mask")}),
 }
 
 
@@ -173,7 +168,8 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
         prefix = max((p for p in fields if name.startswith(p)), key=len)
         field = names.rename.get(name, ours(name.removeprefix(prefix), names.rename))
         if field in fields[prefix]:
-            found[name] = np.asarray(fields[prefix][field])
+            value = np.asarray(fields[prefix][field])
+            found[name] = value[names.rows[name](inputs)] if name in names.rows else value
     return found
 
 
@@ -185,10 +181,6 @@ def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo
         fields = json.loads((folder / "config.json").read_text())
         (Path(other) / "config.json").write_text(json.dumps({**fields, **change}))
         return mmx.load_pretrained(other, family=family)
-        made = pretrained.generate(**{**others, **prompt}, max_new_tokens=steps)
-        fields |= {f"generate.{name}": value for name, value in flatten(made).items()}
-    found = {name: np.asarray(fields[ours(name, names.rename)]) for name in recorded if ours(name, names.rename) in fields}
-    return {name: value[names.rows[name](inputs)] if name in names.rows else value for name, value in found.items()}
 
 
 def class_of(folder: Path) -> str:

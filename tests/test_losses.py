@@ -71,6 +71,8 @@ def test_reconstruction_loss_counts_what_was_removed(rng, normalised):
     expected = np.square(predicted - target)[removed].mean()
     value = losses.reconstruction_loss(predicted, pixels, jnp.array(removed), normalised)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
 def test_transport_distance_equals_numpy(rng):
     """Against the algorithm on the tokens that exist, one example at a time; what does not exist has no gradient."""
     text, image = rng.standard_normal((3, 5, 4)).astype("f"), rng.standard_normal((3, 6, 4)).astype("f")

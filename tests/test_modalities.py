@@ -24,6 +24,7 @@ SMALL = {
     "regions": Features(10, 5, vectors={"box": 5}, norm=1e-12),
     "segments": Waveform(60, ((10, 10),)),
     "convolved": Waveform(70, ((10, 5), (3, 2)), 8),
+    "speech": Waveform(70, ((10, 5), (3, 2)), (6, 10), feature_norm=1e-5, position_window=(4, 2), position="none", norm=1e-5),
     "frames": Spectrogram(9, 6),
     "gated": Spectrogram(9, 6, "gated"),
     "planes": Spectrogram(9, 6, "cnn"),
@@ -409,6 +410,40 @@ def test_graph_convolution_is_the_formula(rng):
     x = np.maximum(adjacency @ (x @ params["project_0"]["kernel"] + params["project_0"]["bias"]), 0)
     x = adjacency @ (x @ params["project_1"]["kernel"] + params["project_1"]["bias"])
     np.testing.assert_allclose(module.apply({"params": params}, raw).values[0], x, atol=1e-4)
+
+
+def test_speech_is_the_formula(rng):
+    """wav2vec 2.0's front end in NumPy: group norm, features, positions by a convolution in groups, kept padding."""
+    window, groups = 4, 2
+    module = Waveform(
+        70, ((10, 5), (3, 2)), (6, 10), width=8, position="none", activation="relu", conv_norm="group", conv_bias=False, eps=1e-5,
+        feature_norm=1e-5, position_window=(window, groups), norm=1e-5,
+    )  # fmt: skip
+    samples, here = rng.standard_normal((2, 60)).astype("f"), np.arange(60) < np.asarray([[40], [60]])
+    raw = Masked(samples, here, keep=True)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), raw)["params"])
+    p = params["conv_position"]
+
+    def norm(x, p, axis=-1):
+        x = (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + 1e-5)
+        return x * p["scale"] + p["bias"]
+
+    def conv(x, kernel, step):
+        at = range(0, x.shape[1] - len(kernel) + 1, step)
+        return np.stack([np.einsum("bki,kio->bo", x[:, t : t + len(kernel)], kernel) for t in at], 1)
+
+    x = np.maximum(norm(conv(samples[..., None], params["conv_0"]["kernel"], 5), params["conv_norm_0"], 1), 0)
+    x = np.maximum(conv(x, params["conv_1"]["kernel"], 2), 0)
+    x = norm(x, params["feature_norm"]) @ params["linear"]["kernel"] + params["linear"]["bias"]
+    mask = np.arange(x.shape[1]) < np.asarray([[3], [5]])  # a token takes 20 samples, and one begins every 10
+    x = np.where(mask[..., None], x, 0)
+    kernel = p["kernel"] / np.sqrt((p["kernel"] ** 2).sum((1, 2), keepdims=True)) * p["scale"][:, None, None]
+    wide = np.pad(x, ((0, 0), (2, 2), (0, 0)))
+    parts = zip(np.split(wide, groups, 2), np.split(kernel, groups, 2), strict=True)
+    around = np.concatenate([conv(part, k, 1) for part, k in parts], 2)[:, : x.shape[1]] + p["bias"]
+    found = module.apply({"params": params}, raw)
+    np.testing.assert_array_equal(found.mask, mask)
+    np.testing.assert_allclose(found.values, norm(x + np.maximum(around, 0), params["norm"]), atol=2e-4)
 
 
 def test_halved_frames_are_two_convolutions(rng):

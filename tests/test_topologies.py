@@ -690,6 +690,8 @@ def test_every_layer_may_have_relative_positions_of_its_own(stage, rng):
     own = {path: 30 * p if "relative/bias" in path else p for path, p in own.items()}
     other = each.apply({"params": unflatten_dict(own, sep="/")}, streams)["text"].values
     assert np.abs(other - one).max() > 1e-3
+
+
 def test_a_norm_for_each_stream_that_is_named(rng):
     streams, stage = make_streams(rng, (2, 3)), Norm({"text": 1e-6})
     params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), stage.init(jax.random.key(0), streams))

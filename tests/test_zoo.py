@@ -21,9 +21,16 @@ from mmx.zoo.family import Chosen
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
 PUBLISHED = sorted(path for path in (Path(__file__).parent / "published").iterdir())
-BERT, CLIP, GPT2, VIT = (
+BERT, CLIP, GPT2, T5, VIT, WAV2VEC2 = (
     Path(__file__).parent / "published" / name
-    for name in ("BertForPreTraining", "CLIPModel", "GPT2LMHeadModel", "ViTForImageClassification")
+    for name in (
+        "BertForPreTraining",
+        "CLIPModel",
+        "GPT2LMHeadModel",
+        "T5ForConditionalGeneration",
+        "ViTForImageClassification",
+        "Wav2Vec2Model",
+    )
 )
 
 
@@ -203,6 +210,17 @@ def test_generation_continues_prompts_padded_on_the_left():
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
 
 
+def test_older_names_are_read(tmp_path):
+    shutil.copytree(WAV2VEC2, tmp_path, dirs_exist_ok=True)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    for new, name in old.items():
+        tensors = {n.replace(new, name): x for n, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    params = mmx.load_pretrained(tmp_path).params
+    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(WAV2VEC2).params)
+
+
 def test_another_resolution():
     pretrained = mmx.load_pretrained(VIT)
     fields = pretrained(pixel_values=np.ones((1, 3, 32, 48), "f"))
@@ -246,3 +264,27 @@ def test_fields_whose_length_hangs_on_values():
     fields = pretrained(input_ids=np.ones((2, 4), int), pixel_values=pixels, pixel_mask=mask)
     assert fields["last_hidden_state"].shape == (2, 4 + 1 + 3, 32)  # as long as the largest image of the batch
     assert fields["image_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_what_is_written_may_be_told_by_its_labels():
+    """Without decoder_input_ids, the labels stand one place later behind the first id; -100 is read as padding."""
+    pretrained = mmx.load_pretrained(T5)
+    ids, labels = np.arange(1, 11).reshape(2, 5), np.asarray([[5, 9, 1], [7, -100, -100]])
+    told = pretrained(input_ids=ids, labels=labels)
+    given = pretrained(input_ids=ids, labels=labels, decoder_input_ids=np.asarray([[0, 5, 9], [0, 7, 0]]))
+    np.testing.assert_array_equal(told["logits"], given["logits"])
+    np.testing.assert_array_equal(told["loss"], given["loss"])
+
+
+def test_the_matrix_of_scores_is_tied_where_the_file_has_no_other(tmp_path):
+    """Flan-T5's is its own, whatever config.json says of it; then nothing is scaled."""
+    shutil.copytree(T5, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"scale_decoder_outputs": False}))
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    given = {"input_ids": np.arange(1, 6)[None], "decoder_input_ids": np.asarray([[0, 3]])}
+    tied = mmx.load_pretrained(tmp_path)(**given)
+    np.testing.assert_allclose(tied["logits"], tied["last_hidden_state"] @ tensors["shared.weight"].T, atol=1e-4)
+    tensors["lm_head.weight"] = 2 * tensors["shared.weight"]
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    np.testing.assert_allclose(mmx.load_pretrained(tmp_path)(**given)["logits"], 2 * tied["logits"], rtol=1e-4, atol=1e-4)

@@ -80,6 +80,7 @@ class Embedder(nn.Module, kw_only=True):
 
     usual_position = "learned"
     mixes = False  # whether a token hears of later ones, so that it cannot be read causally
+    keeps = False  # whether it reads `Masked.keep` itself; else what is kept is embedded as if nothing were masked
     reads = ("array",)  # the names of what a subclass itself reads in a dict of raw arrays
     may_read: ClassVar[tuple[str, ...]] = BESIDE  # and of what need not be there
 

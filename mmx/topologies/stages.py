@@ -1,4 +1,4 @@
-"""The four stages that the six topologies are made of, `Gather` and `Norm`; `mmx.topologies.latents` adds two with learned tokens."""
+"""The four stages that the six topologies are made of, `Gather`, `Norm`; `mmx.topologies.latents` has two with learned tokens."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -136,7 +136,7 @@ class Gather(Stage):
 
 
 class Norm(Stage):
-    """A LayerNorm of its own for the tokens of each stream that is named, `{stream: eps}`: behind what others have read before it."""
+    """A LayerNorm for the tokens of each stream that is named, `{stream: eps}`: behind what others have read before it."""
 
     eps: Mapping[str, float]
 

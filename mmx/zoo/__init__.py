@@ -13,8 +13,6 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import bert, clip, gpt2, interbert, lxmert, uniter, vilbert, visual_bert, vit
-from mmx.zoo import bert, clip, flava, gpt2, layoutlm, layoutlmv3, tapas, vilt, vit
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_published, save_pretrained
@@ -28,8 +26,10 @@ MODULES = (  # one for each family, or for several close kin
     "blip",
     "blip2",
     "clip",
+    "flava",
     "gemma",
     "gpt2",
+    "interbert",
     "layoutlm",
     "layoutlmv3",
     "llama",
@@ -41,18 +41,18 @@ MODULES = (  # one for each family, or for several close kin
     "siglip",
     "t5",
     "tapas",
+    "uniter",
     "videomae",
+    "vilbert",
     "vilt",
     "visual_bert",
     "vit",
     "vit_mae",
+    "wav2vec2",
     "whisper",
 )
 _MODULES = [importlib.import_module(f"mmx.zoo.{name}") for name in MODULES]
-_MODULES = (bert, clip, gpt2, interbert, lxmert, uniter, vilbert, visual_bert, vit)
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
-MODULES = (bert, clip, flava, gpt2, layoutlm, layoutlmv3, tapas, vilt, vit)
-FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
 

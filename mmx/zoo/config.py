@@ -23,7 +23,8 @@ ACTIVATION = {  # published name -> ours
     "tanh": "tanh",
 }
 
-# Fields that change nothing in what a model computes: how it was trained, started, stored, called or decoded.
+# Fields that change nothing in what a model computes: how it was trained, started, stored, called or decoded. Where a name means
+# nothing to one family only, its configuration lists it in `without_effect`.
 WITHOUT_EFFECT = frozenset(
     {
         "_attn_implementation_autoset",
@@ -131,7 +132,6 @@ WITHOUT_EFFECT = frozenset(
         "out_features",
         "out_indices",
         "num_negative",
-        "num_return_sequences",
         "objective",
         "output_attentions",
         "output_hidden_states",
@@ -231,7 +231,7 @@ def parse(cls: type[Config], fields: Mapping[str, Any], where: str = "config.jso
         fields = {**fields, "num_labels": len(fields["id2label"])}
     for name, value in fields.items():
         if name not in known:
-            if name in WITHOUT_EFFECT:
+            if name in WITHOUT_EFFECT or name in getattr(cls, "without_effect", ()):
                 continue
             raise InputError(f"{where}: {cls.__name__} has " + unknown("field", name, known) + ". It is not supported")
         hint = hints[name]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mmx.heads import TiedDecoder
 from mmx.layers import BlockConfig
@@ -53,11 +53,12 @@ class MarianConfig:
     tie_word_embeddings: bool = True
     pad_token_id: int = 58100
     decoder_start_token_id: int | None = 58100
-    num_hidden_layers: int | None = None  # what older files say beside encoder_layers, here and below
-    normalize_before: bool = False
+    normalize_before: bool = False  # older files say this and the next three
     normalize_embedding: bool = False
     add_final_layer_norm: bool = False
     static_position_embeddings: bool = True
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"num_hidden_layers"})  # a copy of encoder_layers
 
     @property
     def target_vocab(self) -> int:

@@ -182,7 +182,8 @@ def _weights(name: str, leaves: Sequence[str], layout: Layout, shapes: Mapping[s
         form = shapes[path][1:] if match or layout.row is not None else shapes[path]
         axes = logical_axes(path) if path.endswith("/kernel") else None
         count = len(axes.inputs) if axes else 0
-        matrix = (math.prod(form[:count]), math.prod(form[count:])) if axes and name.endswith("weight") else None
+        dense = axes and (name.endswith("weight") or layout.window)
+        matrix = (math.prod(form[:count]), math.prod(form[count:])) if dense else None
         parts.append(Weight(name, path, layout.row, form, layout, matrix))
     if len(parts) > 1:
         starts = np.cumsum([0] + [part.part_shape[part.axis] for part in parts])

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -36,7 +36,8 @@ class WhisperConfig:
     tie_word_embeddings: bool = True
     pad_token_id: int = 50256
     decoder_start_token_id: int | None = 50257
-    num_hidden_layers: int | None = None  # what files say beside encoder_layers
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"num_hidden_layers"})  # a copy of encoder_layers
 
 
 def _build(c: WhisperConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
