@@ -129,6 +129,18 @@ class Classifier(nn.Module):
         return (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
 
 
+class TokenScores(nn.Module):
+    """Scores for every token of all streams, one stream behind the other, by one matrix: `(B, L, classes)` float32 (GIT)."""
+
+    classes: int
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> jax.Array:
+        x = jnp.concatenate([tokens.values for tokens in streams.values()], 1)
+        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+
+
 class TiedDecoder(nn.Module):
     """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
 

@@ -33,6 +33,7 @@ class Adapt(Stage):
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         new, modules = dict(streams), {}
+        sow_states(self, {name: tokens.values for name, tokens in streams.items()}, "entered")
         for name, tokens in streams.items():
             if self.streams is not None and name not in self.streams:
                 continue
