@@ -68,6 +68,7 @@ CLASSES = {
             },
         }
     ),
+    "GitForCausalLM": Class(rename={"vision_last_hidden_state": "vision_model_output.last_hidden_state"}),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
