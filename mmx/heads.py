@@ -130,15 +130,28 @@ class Classifier(nn.Module):
 
 
 class TokenScores(nn.Module):
-    """Scores for every token of all streams, one stream behind the other, by one matrix: `(B, L, classes)` float32 (GIT)."""
+    """Scores for every token of some streams, one stream behind the other, by one matrix: `(B, L, classes)` float32.
+
+    Args:
+        classes: how many.
+        streams: whose tokens; None: all (GIT).
+        bias: whether every class has a number of its own added to its scores.
+    """
 
     classes: int
+    streams: tuple[str, ...] | None = None
+    bias: bool = True
     dtype: Any = "float32"
 
     @nn.compact
-    def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> jax.Array:
-        x = jnp.concatenate([tokens.values for tokens in streams.values()], 1)
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+    def __call__(
+        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
+    ) -> jax.Array | None:
+        read = [tokens.values for name, tokens in streams.items() if self.streams is None or name in self.streams]
+        if not read:
+            return None
+        x = jnp.concatenate(read, 1)
+        return nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
 
 class TiedDecoder(nn.Module):

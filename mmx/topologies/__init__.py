@@ -19,6 +19,7 @@ from mmx.topologies.latent import latent
 from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
 from mmx.topologies.one_to_multi import one_to_multi
+from mmx.topologies.pool import Pool
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import FUSED, Cross, Joint, PerStream, Sum
 
@@ -54,6 +55,7 @@ __all__ = [
     "Joint",
     "Latent",
     "PerStream",
+    "Pool",
     "Stage",
     "Sum",
     "bottleneck",
