@@ -69,6 +69,7 @@ CLASSES = {
         }
     ),
     "GitForCausalLM": Class(rename={"vision_last_hidden_state": "vision_model_output.last_hidden_state"}),
+    "CoCa": Class("coca", rename={"loss_contrastive": "contrastive_loss", "loss_caption_x2": "caption_loss"}),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},

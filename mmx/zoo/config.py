@@ -40,6 +40,7 @@ WITHOUT_EFFECT = frozenset(
         "chunk_size_feed_forward",
         "classifier_dropout",
         "cross_attention_hidden_size",
+        "custom_text",
         "decoder_start_token_id",
         "directionality",
         "diversity_penalty",
