@@ -232,6 +232,31 @@ class Reconstruction(nn.Module):
         return nn.Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
 
 
+class TokenScores(nn.Module):
+    """Scores for every token of some streams, one stream behind the other, by one matrix: `(B, L, classes)` float32.
+
+    Args:
+        classes: how many.
+        streams: whose tokens; None: all (GIT).
+        bias: whether every class has a number of its own added to its scores.
+    """
+
+    classes: int
+    streams: tuple[str, ...] | None = None
+    bias: bool = True
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
+    ) -> jax.Array | None:
+        read = [tokens.values for name, tokens in streams.items() if self.streams is None or name in self.streams]
+        if not read:
+            return None
+        x = jnp.concatenate(read, 1)
+        return nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+
+
 class TiedDecoder(nn.Module):
     """Scores of ids at every token of a modality of ids, with its embedding as the matrix or one of its own: `(B, L, V)` float32.
 

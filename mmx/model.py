@@ -30,6 +30,8 @@ class MultimodalTransformer(nn.Module):
         heads: name -> head; its output is `Outputs.logits[name]`.
         embed: size of the space shared by all modalities, E; None: no embeddings.
         poolers: stream -> what makes one vector of it; a stream that is not named is pooled by its mean.
+        pool_after: how many stages stand before the poolers: two towers that meet in the shared space before they meet in
+            the stages behind (CoCa, ALBEF); None: all.
         projections: modality -> what leads its vector into the shared space; if not named, a `Projection` without bias.
         logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
@@ -44,6 +46,7 @@ class MultimodalTransformer(nn.Module):
     projections: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
     logit_scale: float | None = 1 / 0.07
     logit_bias: float | None = None
+    pool_after: int | None = None
 
     @nn.compact
     def __call__(self, batch: Batch, causal: Iterable[str] = (), stages: int | None = None) -> Outputs:
@@ -62,11 +65,15 @@ class MultimodalTransformer(nn.Module):
             if name in batch
         }
         sow_states(self, {name: tokens.values for name, tokens in streams.items()})
-        for stage in self.stages[:stages]:
+        chosen = self.stages[:stages]
+        for stage in chosen[: self.pool_after]:
+            streams = stage(streams)  # type: ignore[operator]
+        whole = streams
+        for stage in () if self.pool_after is None else chosen[self.pool_after :]:
             streams = stage(streams)  # type: ignore[operator]
         pooled = {
             name: self.poolers[name](tokens, batch.get(name)) if name in self.poolers else mean_pool(tokens)  # type: ignore[operator]
-            for name, tokens in streams.items()
+            for name, tokens in whole.items()
         }
         answers = {name: head(streams, pooled, self.modalities) for name, head in self.heads.items()}  # type: ignore[operator]
         logits = {name: value for name, value in answers.items() if value is not None}
@@ -76,7 +83,7 @@ class MultimodalTransformer(nn.Module):
         for name in self.modalities:
             if name in batch:
                 projection: Any = self.projections.get(name) or Projection(self.embed, dtype=self.dtype, name=f"embed_{name}")
-                embeddings[name] = projection(pooled[stream_of(streams, name) or name])
+                embeddings[name] = projection(pooled[stream_of(whole, name) or name])
         scale = None
         if self.logit_scale is not None:
             scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale)), ())
@@ -124,6 +131,7 @@ def build_model(
     projections: Mapping[str, nn.Module] | None = None,
     logit_scale: float | None = 1 / 0.07,
     logit_bias: float | None = None,
+    pool_after: int | None = None,
     dtype: str = "float32",
     **block: Any,
 ) -> MultimodalTransformer:
@@ -140,6 +148,7 @@ def build_model(
         embed: size of the space shared by all modalities; None: width; 0: no embeddings.
         outputs: further heads by name, such as `{"matching": mmx.heads.Classifier(2)}`.
         poolers: what makes one vector of a stream, such as `{"text": mmx.heads.Pooler("first")}`; not named: the mean.
+        pool_after: how many stages stand before the poolers; None: all.
         projections: what leads a modality's vector into the shared space; not named: a `Projection` without bias.
         logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
@@ -174,6 +183,7 @@ def build_model(
         projections={name: _fill(projection, dtype=dtype) for name, projection in (projections or {}).items()},
         logit_scale=logit_scale,
         logit_bias=logit_bias,
+        pool_after=pool_after,
     )
 
 

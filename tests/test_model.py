@@ -120,6 +120,25 @@ def test_embeddings_can_be_left_out(inputs):
     assert out.embeddings and out.logit_scale is None and "logit_scale" not in params["params"]
 
 
+def test_streams_may_be_pooled_before_the_last_stage(inputs):
+    """Two towers meet in the shared space, and then in the stages behind; heads read the end."""
+    towers, both = mmx.topologies.PerStream(1), mmx.topologies.Joint(1)
+    heads = {"all": mmx.heads.TokenScores(5), "some": mmx.heads.TokenScores(5, ("text",), bias=False)}
+    model = build((towers, both), pool_after=1, outputs=heads)
+    variables = init(model)
+    out = model.apply(variables, inputs)
+    params = {n: p for n, p in variables["params"].items() if not n.startswith(("stages_1", "heads"))}
+    alone = build((towers,)).apply({"params": params}, inputs)
+    for name in out.embeddings:
+        np.testing.assert_array_equal(out.pooled[name], alone.pooled[name])
+        np.testing.assert_array_equal(out.embeddings[name], alone.embeddings[name])
+    x = np.concatenate([tokens.values for tokens in out.streams.values()], 1)
+    p = variables["params"]["heads_all"]["classifier"]
+    np.testing.assert_allclose(out.logits["all"], x @ p["kernel"] + p["bias"], atol=1e-5)
+    kernel = variables["params"]["heads_some"]["classifier"]["kernel"]
+    np.testing.assert_allclose(out.logits["some"], out.streams["text"].values @ kernel, atol=1e-5)
+
+
 def test_dtype_reaches_every_part(inputs):
     model = build(dtype="bfloat16")
     shapes = jax.eval_shape(lambda b: model.init_with_output(jax.random.key(0), b)[0], inputs)

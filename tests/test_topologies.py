@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import mmx
 from mmx.errors import InputError
-from mmx.layers import Block, BlockConfig, Line
+from mmx.layers import AttentionPool, Block, BlockConfig, Line
 from mmx.layers.positions import distance_buckets
 from mmx.layers.stack import AxesBias, RelativeBias
 from mmx.topologies import (
@@ -29,6 +29,7 @@ from mmx.topologies import (
     Latent,
     Norm,
     PerStream,
+    Pool,
     Sum,
     catalogue,
     cross_attention,
@@ -541,6 +542,32 @@ def test_streams_are_adapted_before_they_meet(rng):
         x = streams[name].values @ project["kernel"] + project["bias"] + params[f"{name}_type_bias"]
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
         np.testing.assert_allclose(out[name].values, x, atol=1e-4)
+
+
+def test_tokens_stay_behind_or_are_seen_again(rng):
+    streams = make_streams(rng, (4, 3))
+    where = np.arange(12.0).reshape(3, 4, 1)
+    streams["image"] = dataclasses.replace(streams["image"], special=("class",), coordinates=where)
+    (params,) = init_stages([stage := Adapt(("image",), drop=1)], streams, rng)
+    out = stage.apply({"params": params}, streams)
+    np.testing.assert_array_equal(out["image"].values, streams["image"].values[:, 1:])
+    np.testing.assert_array_equal(out["image"].mask, streams["image"].mask[:, 1:])
+    np.testing.assert_array_equal(out["image"].coordinates, where[:, 1:])
+    assert out["image"].special == () and out["text"] is streams["text"]
+    out = Adapt(("text",), unmask=True).apply({}, streams)
+    assert out["text"].mask is None and out["image"].mask is not None
+
+
+def test_a_few_learned_tokens_take_a_streams_place(rng):
+    streams, stage = make_streams(rng, (4, 3)), Pool("image", heads=2, tokens=2, width=6, eps=1e-5)
+    (params,) = init_stages([stage], streams, rng)
+    out = stage.apply({"params": params}, streams)
+    pool = AttentionPool(2, 2, 6, norm=True, eps=1e-5)
+    x = pool.apply({"params": params["pool"]}, streams["image"].values, streams["image"].mask)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(out["image"].values, x * params["norm"]["scale"] + params["norm"]["bias"], atol=1e-5)
+    np.testing.assert_array_equal(out["image"].present, streams["image"].present)
+    assert out["text"] is streams["text"] and stage.apply({"params": params}, {"text": streams["text"]}).keys() == {"text"}
 
 
 def test_streams_of_cross_may_differ_in_width(rng):

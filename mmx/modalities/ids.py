@@ -20,17 +20,20 @@ class Ids(Embedder):
         length: the longest sequence, L; shorter ones are welcome, and longer ones where positions are not learned, or where
             each token says which place it takes.
         scale: factor of the embedding, such as the root of the width (arXiv 1706.03762, 3.4); not of `decode`.
+        last: whether a learned token stands behind the last id, with the position after it (CoCa, arXiv 2205.01917: a class
+            token that sees the whole text where the text is causal). Then there are L + 1 tokens.
     """
 
     vocab: int
     length: int
     scale: float = 1.0
+    last: bool = False
 
     reads = ("ids",)
 
     @property
     def grid(self) -> tuple[int, ...]:
-        return (self.length,)
+        return (self.length + self.last,)
 
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
@@ -42,7 +45,12 @@ class Ids(Embedder):
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
         values = values if self.scale == 1 else values * jnp.asarray(self.scale, values.dtype)
-        return self.fuse(values, token_mask(mask, ids.shape), fields, (ids.shape[1],))
+        mask = token_mask(mask, ids.shape)
+        if self.last:
+            last = self.param("special", INITIAL, (1, self.width)).astype(self.dtype)
+            values = jnp.concatenate([values, jnp.broadcast_to(last, (len(ids), *last.shape))], 1)
+            mask = None if mask is None else jnp.concatenate([mask, mask.any(-1, keepdims=True)], 1)
+        return self.fuse(values, mask, fields, (values.shape[1],))
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Scores of every id with the embedding as the matrix (tied weights): `(B, L, D) -> (B, L, V)` float32."""

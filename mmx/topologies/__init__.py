@@ -20,6 +20,7 @@ from mmx.topologies.latent import latent
 from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
 from mmx.topologies.one_to_multi import one_to_multi
+from mmx.topologies.pool import Pool
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import FUSED, Cross, Gather, Joint, Norm, PerStream, Sum
 
@@ -58,6 +59,7 @@ __all__ = [
     "Latent",
     "Norm",
     "PerStream",
+    "Pool",
     "Stage",
     "Sum",
     "bottleneck",

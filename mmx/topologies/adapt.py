@@ -8,11 +8,11 @@ from mmx.layers import make_norm
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import SHARED
-from mmx.types import Streams
+from mmx.types import Streams, Tokens
 
 
 class Adapt(Stage):
-    """A linear map, a learned vector, a norm, each where it is wanted, token by token.
+    """A linear map, a learned vector, a norm, each where it is wanted, token by token; and which tokens go on.
 
         Z_m <- Norm(W Z_m + v)
 
@@ -22,6 +22,8 @@ class Adapt(Stage):
         type: whether there is a vector for each stream, which tells it from others (BridgeTower).
         norm: eps of a LayerNorm; None: no norm.
         share: one set of weights for all of them, types aside, instead of one each.
+        drop: how many tokens in front stay behind, such as a class token that is not for others to read (CoCa).
+        unmask: whether the tokens that were masked are seen from here on, as by CoCa's decoder.
     """
 
     streams: tuple[str, ...] | None = None
@@ -29,10 +31,13 @@ class Adapt(Stage):
     type: bool = False
     norm: float | None = None
     share: bool = False
+    drop: int = 0
+    unmask: bool = False
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         new, modules = dict(streams), {}
+        sow_states(self, {name: tokens.values for name, tokens in streams.items()}, "entered")
         for name, tokens in streams.items():
             if self.streams is not None and name not in self.streams:
                 continue
@@ -49,6 +54,14 @@ class Adapt(Stage):
                 if owner not in norms:
                     norms[owner] = make_norm("layer", self.norm, x.dtype, f"{owner}_norm")
                 x = norms[owner](x)
-            new[name] = dataclasses.replace(tokens, values=x)
+            new[name] = self._choose(dataclasses.replace(tokens, values=x))
         sow_states(self, {name: tokens.values for name, tokens in new.items()})
         return new
+
+    def _choose(self, tokens: Tokens) -> Tokens:
+        mask = None if self.unmask or tokens.mask is None else tokens.mask[:, self.drop :]
+        if not self.drop:
+            return dataclasses.replace(tokens, mask=mask)
+        where = None if tokens.coordinates is None else tokens.coordinates[..., self.drop :, :]
+        values, special = tokens.values[:, self.drop :], tokens.special[self.drop :]
+        return dataclasses.replace(tokens, values=values, mask=mask, coordinates=where, special=special)

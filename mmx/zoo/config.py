@@ -67,6 +67,7 @@ WITHOUT_EFFECT = frozenset(
         "classifier_dropout",
         "conv_layer",
         "cross_attention_hidden_size",
+        "custom_text",
         "decoder_start_token_id",
         "decoder_layerdrop",
         "directionality",

@@ -123,7 +123,8 @@ def _generate(
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         ids, mask, written = carry
-        scores = logits_of(ids, mask)[:, prompt + i - 1]  # (B, V)
+        scores = logits_of(ids, mask)
+        scores = scores[:, scores.shape[1] - ids.shape[1] + prompt + i - 1]  # (B, V); a prefix of an image stands before the ids
         ids = ids.at[:, prompt + i].set(scores.argmax(-1).astype(ids.dtype))
         return ids, mask.at[:, prompt + i].set(1), written.at[:, i].set(scores)
 
