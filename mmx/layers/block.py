@@ -81,8 +81,6 @@ class BlockConfig:
     """Initial value of a learned scale on every residual branch (CaiT); None: no scale."""
     skip: bool = False
     """Whether a cross-attention that has nothing to read is left out, norm and all (BLIP); else a post-norm stays."""
-    context_norm: bool = False
-    """Whether what cross-attention reads is normalised by a norm of its own (CoCa)."""
     dropout: float = 0.0
     """Dropout rate on every residual branch; acts where a `dropout` key is given."""
     drop_path: float = 0.0
@@ -207,8 +205,6 @@ class Block(nn.Module):
                     y = jnp.zeros_like(x)
                 else:
                     y = attention(y, Sight(context_mask), source)
-                    read = make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_context_norm") if c.context_norm else lambda x: x
-                    y = attention(y, Sight(context_mask), read(context))
                     if context_mask is not None:  # nothing to read: not even the bias of the output
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:

@@ -171,7 +171,7 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         Adapt(("text",), unmask=True),
         Cross(
             decoder.layers,
-            {"text": _block(c, decoder.width, decoder.heads, 4, decoder.ls_init_value, dtype, context_norm=True)},
+            {"text": _block(c, decoder.width, decoder.heads, 4, decoder.ls_init_value, dtype, context_norm="own")},
             "self mlp cross mlp",
             steps=("text",),
         ),
