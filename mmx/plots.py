@@ -46,5 +46,5 @@ def _finish(figure: Any, axes: Any, x: str, y: str, path: Path) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)  # below, where it hides no point
+    figure.savefig(path, bbox_inches="tight")

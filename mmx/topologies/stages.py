@@ -323,7 +323,7 @@ class _CrossLayer(nn.Module):
         relative = {
             o: relative_positions(configs[o], f"{o}_relative", each=True) for o in dict.fromkeys(self.owners["self"].values())
         }
-        sights = {name: relative[self.owners["self"][name]](sight) for name, sight in sights.items()}
+        sights = {n: relative[self.owners["self"].get(n, SHARED)](sight) for n, sight in sights.items()}
         blocks = {owner: Block(config, self.sublayers, name=owner) for owner, config in configs.items()}
         contexts = {name: self._context(name, values, entered) for name in self.sources}
         new, between = dict(values), []
