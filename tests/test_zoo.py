@@ -200,6 +200,27 @@ def test_generation_continues_prompts_padded_on_the_left():
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"), [("LlavaForConditionalGeneration", "llama"), ("PaliGemmaForConditionalGeneration", "gemma")]
+)
+def test_a_decoder_alone_is_the_one_inside(tmp_path, folder, name):
+    """The text's weights under the names of the decoder's own class give what the whole gives without an image."""
+    source = PUBLISHED[0].parent / folder
+    fields = json.loads((source / "config.json").read_text())["text_config"] | {"use_bidirectional_attention": None}
+    fields.pop("use_bidirectional_attention" if name == "llama" else "num_image_tokens")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    inside = {n.removeprefix("language_model."): x for n, x in tensors.items() if n.startswith("language_model.")}
+    safetensors.numpy.save_file(inside, tmp_path / "model.safetensors")
+    alone, ids = mmx.load_pretrained(tmp_path), np.arange(2, 12).reshape(2, 5)
+    assert alone.family.name == name
+    whole = mmx.load_pretrained(source)(input_ids=ids, output_hidden_states=True)
+    found = alone(input_ids=ids, position_ids=np.arange(5)[None] + 3, output_hidden_states=True)
+    for field in ("logits", "last_hidden_state"):
+        np.testing.assert_allclose(found[field], whole[field], atol=2e-5)
+    assert len(found["hidden_states"]) == len(whole["hidden_states"])
+
+
 def test_another_resolution():
     pretrained = mmx.load_pretrained(VIT)
     fields = pretrained(pixel_values=np.ones((1, 3, 32, 48), "f"))
