@@ -131,7 +131,7 @@ def owner_of(path: str, modalities: Sequence[str]) -> str | None:
 
 def table(profiles: Sequence[Profile]) -> str:
     """A line for each model under open_clip's columns, and the rule."""
-    lines = [("model", *COLUMNS)]
+    lines: list[tuple[str, ...]] = [("model", *COLUMNS)]
     for p in profiles:
         lines.append((p.name, *(_shown(value) for value in p.row.values())))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -219,6 +219,25 @@ def test_older_names_are_read(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     params = mmx.load_pretrained(tmp_path).params
     jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(WAV2VEC2).params)
+@pytest.mark.parametrize(
+    ("folder", "name"), [("LlavaForConditionalGeneration", "llama"), ("PaliGemmaForConditionalGeneration", "gemma")]
+)
+def test_a_decoder_alone_is_the_one_inside(tmp_path, folder, name):
+    """The text's weights under the names of the decoder's own class give what the whole gives without an image."""
+    source = PUBLISHED[0].parent / folder
+    fields = json.loads((source / "config.json").read_text())["text_config"] | {"use_bidirectional_attention": None}
+    fields.pop("use_bidirectional_attention" if name == "llama" else "num_image_tokens")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    inside = {n.removeprefix("language_model."): x for n, x in tensors.items() if n.startswith("language_model.")}
+    safetensors.numpy.save_file(inside, tmp_path / "model.safetensors")
+    alone, ids = mmx.load_pretrained(tmp_path), np.arange(2, 12).reshape(2, 5)
+    assert alone.family.name == name
+    whole = mmx.load_pretrained(source)(input_ids=ids, output_hidden_states=True)
+    found = alone(input_ids=ids, position_ids=np.arange(5)[None] + 3, output_hidden_states=True)
+    for field in ("logits", "last_hidden_state"):
+        np.testing.assert_allclose(found[field], whole[field], atol=2e-5)
+    assert len(found["hidden_states"]) == len(whole["hidden_states"])
 
 
 def test_another_resolution():
