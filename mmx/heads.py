@@ -130,11 +130,11 @@ class Classifier(nn.Module):
 
 
 class TiedDecoder(nn.Module):
-    """Scores of ids at every token of a modality of ids, with its embedding as the matrix: `(B, L, V)` float32.
+    """Scores of ids at every token of a modality of ids, with its embedding as the matrix or one of its own: `(B, L, V)` float32.
 
     Args:
         modality: whose ids.
-        tied: False: with a matrix of its own.
+        own: whether the matrix is one of its own (Llama, T5 1.1) and not the embedding.
         scale: factor of the states before the matrix (T5: 1 / sqrt(D)).
         transform: whether a dense layer stands before the matrix.
         activation: behind that dense layer; None: none.
@@ -148,7 +148,7 @@ class TiedDecoder(nn.Module):
     norm: float | None = None
     bias: bool = True
     dtype: Any = "float32"
-    tied: bool = True
+    own: bool = False
     scale: float = 1.0
 
     @nn.compact
@@ -168,8 +168,8 @@ class TiedDecoder(nn.Module):
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
         x = x if self.scale == 1 else x * self.scale
-        if self.tied:
-            logits = ids.decode(x)
-        else:
+        if self.own:
             logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
+        else:
+            logits = ids.decode(x)
         return logits + self.param("decoder_bias", nn.initializers.zeros, (ids.vocab,)) if self.bias else logits

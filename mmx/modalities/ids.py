@@ -40,7 +40,7 @@ class Ids(Embedder):
         if ids.shape[1] > self.length and self.position in (None, "learned"):
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
-        values = values if self.scale == 1 else values * self.scale
+        values = values if self.scale == 1 else values * jnp.asarray(self.scale, values.dtype)
         return self.fuse(values, token_mask(mask, ids.shape), fields, (ids.shape[1],))
 
     def decode(self, x: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ class Family:
         heads: published heads by our name -> the beginning of their tensors' names.
         prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
         known: patterns of tensors that are stored and not read: buffers and tied copies.
-        formerly: ends of tensors' names in older files -> those of today.
+        older: patterns in the tensors' names -> what older files have in their place.
         generation: how it writes; None: it does not.
     """
 
@@ -76,7 +76,7 @@ class Family:
     heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ""
     known: Sequence[str] = ()
-    formerly: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     generation: Generation | None = None
 
 

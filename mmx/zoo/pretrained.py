@@ -193,10 +193,12 @@ def load_pretrained(
         heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
     model = build(found, config, heads, dtype)
     weights, params = _weights(found, config, model)
-    names = {w.name: w.name.removeprefix(found.prefix + ".") if bare else w.name for w in weights}
-    for old, new in found.formerly.items():
-        older = {n: n.removesuffix(new) + old for n in names.values() if n.endswith(new)}
-        names = {ours: older[n] if older.get(n) in tensors.shapes else n for ours, n in names.items()}
+    names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
+    for w in weights:
+        name = names.get(w.name, w.name)
+        older = functools.reduce(lambda n, pair: re.sub(*pair, n), found.older.items(), name)
+        if name not in tensors.shapes and older in tensors.shapes:
+            names[w.name] = older
     known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
