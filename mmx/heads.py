@@ -264,7 +264,7 @@ class TiedDecoder(nn.Module):
 
     Args:
         modality: whose ids.
-        tied: False: with a matrix of its own.
+        own: whether the matrix is one of its own (Llama, T5 1.1) and not the embedding.
         scale: factor of the states before the matrix (T5: 1 / sqrt(D)).
         transform: whether a dense layer stands before the matrix.
         activation: behind that dense layer; None: none.
@@ -280,7 +280,7 @@ class TiedDecoder(nn.Module):
     bias: bool = True
     streams: tuple[str, ...] = ()
     dtype: Any = "float32"
-    tied: bool = True
+    own: bool = False
     scale: float = 1.0
 
     @nn.compact
@@ -299,8 +299,6 @@ class TiedDecoder(nn.Module):
         x = jnp.concatenate(read, 1)
         x = transform(x, ids.width if self.transform else None, self.activation, self.norm, self.dtype)
         x = x if self.scale == 1 else x * self.scale
-        if self.tied:
-            logits = ids.decode(x)
-        else:
+        if self.own:
             logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
         return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits

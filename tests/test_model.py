@@ -208,7 +208,7 @@ def test_decoders_of_ids_may_be_scaled_or_have_a_matrix_of_their_own(rng):
     heads = {
         "tied": TiedDecoder("text", transform=False, bias=False),
         "scaled": TiedDecoder("text", transform=False, bias=False, scale=0.25),
-        "own": TiedDecoder("text", transform=False, bias=False, tied=False),
+        "own": TiedDecoder("text", transform=False, bias=False, own=True),
     }
     model = mmx.build_model({"text": Ids(9, 4)}, "early_concatenation", width=8, depth=1, heads=2, outputs=heads, embed=0)
     params = init(model)["params"]

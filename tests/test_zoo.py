@@ -219,6 +219,8 @@ def test_older_names_are_read(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     params = mmx.load_pretrained(tmp_path).params
     jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(WAV2VEC2).params)
+
+
 @pytest.mark.parametrize(
     ("folder", "name"), [("LlavaForConditionalGeneration", "llama"), ("PaliGemmaForConditionalGeneration", "gemma")]
 )

@@ -100,7 +100,10 @@ class Waveform(Embedder):
             window, groups = self.position_window
             positions = PositionConvolution(window, groups, self.activation, self.dtype, name="conv_position")(x)
         tokens = self.fuse(x, None if keep else mask, fields, (length,), positions)
-        return dataclasses.replace(tokens, mask=mask)
+        if not keep or mask is None:
+            return tokens
+        front = jnp.repeat(mask.any(-1, keepdims=True), len(self.special), 1)
+        return dataclasses.replace(tokens, mask=jnp.concatenate([front, mask], 1))
 
     def _channels(self, i: int, last: bool) -> int:
         if isinstance(self.channels, tuple):

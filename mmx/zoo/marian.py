@@ -89,7 +89,7 @@ def _build(c: MarianConfig, heads: Sequence[str], dtype: str) -> MultimodalTrans
     )
     source = target if c.share_encoder_decoder_embeddings else source
     encoder, decoder = (block(c, side, dtype, norm="post") for side in ("encoder", "decoder"))
-    scores = TiedDecoder(TARGET, transform=False, tied=c.tie_word_embeddings)
+    scores = TiedDecoder(TARGET, transform=False, own=not c.tie_word_embeddings)
     return build_model(
         {"text": source, TARGET: target},
         stages("text", c.encoder_layers, encoder, c.decoder_layers, decoder),

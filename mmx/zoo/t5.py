@@ -79,7 +79,7 @@ def _build(c: T5Config, heads: Sequence[str], dtype: str) -> MultimodalTransform
         TARGET,
         transform=False,
         bias=False,
-        tied=c.tie_word_embeddings and "untied" not in heads,
+        own="untied" in heads or not c.tie_word_embeddings,
         scale=c.d_model**-0.5 if scaled else 1.0,
     )
     return build_model(

@@ -10,7 +10,6 @@ from mmx.heads import TiedDecoder
 from mmx.modalities import Ids, Spectrogram
 from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo import marian
-from mmx.zoo.config import only
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family
 from mmx.zoo.weights import Table, convolution, layers
@@ -41,11 +40,10 @@ class WhisperConfig:
 
 
 def _build(c: WhisperConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, tie_word_embeddings=True)
     sound = Spectrogram(2 * c.max_source_positions, c.num_mel_bins, "strided", width=c.d_model, position="learned")
     biases = ("query", "value", "out")
     encoder, decoder = (marian.block(c, side, dtype, attention_bias=biases) for side in ("encoder", "decoder"))
-    scores = TiedDecoder(TARGET, transform=False, bias=False)
+    scores = TiedDecoder(TARGET, transform=False, bias=False, own=not c.tie_word_embeddings)
     return build_model(
         {"audio": sound, TARGET: Ids(c.vocab_size, c.max_target_positions, width=c.d_model)},
         stages("audio", c.encoder_layers, encoder, c.decoder_layers, decoder),
@@ -68,6 +66,7 @@ def _table(c: WhisperConfig) -> Table:
         "model.decoder.embed_positions.weight": f"modalities_{TARGET}/position",
         **layers("model.decoder.layers.{}", f"stages_1/layers/{TARGET}", marian.DECODER_LAYER),
         "model.decoder.layer_norm": f"stages_1/{TARGET}_norm",
+        "proj_out": "heads_captioning/decoder",
     }
 
 
