@@ -12,12 +12,12 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import bert, clip, gpt2, interbert, lxmert, uniter, vilbert, visual_bert, vit
+from mmx.zoo import bert, clip, gpt2, interbert, lxmert, roberta, uniter, vilbert, visual_bert, vit
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_pretrained, save_pretrained
 
-_MODULES = (bert, clip, gpt2, interbert, lxmert, uniter, vilbert, visual_bert, vit)
+_MODULES = (bert, clip, gpt2, interbert, lxmert, roberta, uniter, vilbert, visual_bert, vit)
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
