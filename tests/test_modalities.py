@@ -186,7 +186,7 @@ def test_summands_with_norms_of_their_own_and_their_mean(rng):
 
 def test_a_modality_reads_the_table_and_the_norm_of_another(rng):
     text = Ids(20, 4, tables={"segment": 3}, norm=1e-12)
-    image = Features(6, 5, tables={"segment": "text"}, norm="text")
+    image = Features(6, 5, tables={"segment": "text"}, norm="text", aligned="text")
     model = mmx.build_model({"text": text, "image": image}, (mmx.topologies.PerStream(0),), width=8, embed=0)
     batch = {
         "text": {"ids": rng.integers(0, 20, (2, 4)), "segment": rng.integers(0, 3, (2, 4))},
@@ -200,6 +200,11 @@ def test_a_modality_reads_the_table_and_the_norm_of_another(rng):
     for given in (batch, {"image": batch["image"]}):  # the text itself need not be there
         found = model.apply({"params": params}, given).streams["image"].values
         np.testing.assert_allclose(found, normed(expected, words["norm"]), atol=1e-4)
+    places = np.broadcast_to([[2, -1], [-1, -1], [0, 3], [-1, 1], [1, 1]], (2, 5, 2))
+    table = words["position"]
+    expected += np.stack([table[2], 0 * table[0], (table[0] + table[3]) / 2, table[1], table[1]])
+    found = model.apply({"params": params}, {"image": {**batch["image"], "aligned": places}}).streams["image"].values
+    np.testing.assert_allclose(found, normed(expected, words["norm"]), atol=1e-4)
     wrong = mmx.build_model({"image": image, "text": text}, (mmx.topologies.PerStream(0),), width=8, embed=0)
     with pytest.raises(InputError, match="modality 'text' has no 'segment' to lend; it has to come first"):
         wrong.init(jax.random.key(0), batch)

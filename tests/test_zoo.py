@@ -16,7 +16,7 @@ import mmx
 from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
-from mmx.zoo import FAMILIES, NAMES, configuration
+from mmx.zoo import FAMILIES, NAMES, Pretrained, configuration
 from mmx.zoo.family import Chosen
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
@@ -185,6 +185,36 @@ def test_padding_changes_nothing_but_itself():
     assert np.abs(a[0, 3:] - b[0, 3:]).max() > 1e-3
     short = pretrained(input_ids=ids[:1, :3])["last_hidden_state"]
     np.testing.assert_allclose(a[:1, :3], short, atol=1e-5)
+
+
+def test_roberta_counts_places_over_what_is_no_padding(tmp_path):
+    """By value against the published rule, wherever the padding stands; and under published names."""
+    small = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    family, config = configuration("roberta-base", **small, max_position_embeddings=9)
+    model = mmx.create_model("roberta-base", heads=("masked-lm",), **small, max_position_embeddings=9)
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    pretrained = Pretrained(model, params, config, family, ("masked-lm",))
+    ids = np.asarray([[1, 1, 4, 7, 5], [4, 5, 6, 7, 8], [9, 4, 1, 1, 1]])
+    expected = np.asarray([[1, 1, 2, 3, 4], [2, 3, 4, 5, 6], [2, 3, 1, 1, 1]])
+    found = pretrained(input_ids=ids, output_hidden_states=True)
+    table = params["modalities_text"]
+    x = table["token"]["embedding"][ids] + table["position"][expected] + table["segment"]["embedding"][0]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(found["hidden_states"][0], x, atol=1e-5)
+    told = pretrained(input_ids=ids, position_ids=expected)
+    np.testing.assert_array_equal(found["logits"], told["logits"])
+    with pytest.raises(InputError, match="8 tokens; places are counted from 2, up to 7 fit"):
+        pretrained(input_ids=np.full((1, 8), 4))
+    mmx.save_pretrained(tmp_path, pretrained)
+    names = set(safetensors.numpy.load_file(tmp_path / "model.safetensors"))
+    assert names >= {"roberta.embeddings.position_embeddings.weight", "lm_head.layer_norm.weight", "lm_head.bias"}
+    assert mmx.load_pretrained(tmp_path).family.name == "roberta"
+    assert sum(x.size for x in jax.tree.leaves(_shapes("roberta-base", type_vocab_size=2))) == 124_646_400
+
+
+def _shapes(name, heads=(), **fields):
+    model = mmx.create_model(name, heads=heads, **fields)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
 
 
 def test_names():

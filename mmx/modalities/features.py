@@ -28,16 +28,19 @@ class Features(Embedder):
         position: usually none, since regions have no order; "learned" for clips and frames.
         marked: whether there may be `marked (B, L)` in the dict, 0 or 1: a learned feature is added where it is 1, on what an
             objective has hidden (UNITER, HERO).
+        aligned: the modality of which there may be `aligned (B, L, n)` in the dict, places that a feature belongs to, -1 for
+            none: the mean of that modality's positions there is added (VisualBERT).
     """
 
     size: int
     length: int
     linear: bool = True
     marked: bool = False
+    aligned: str | None = None
 
     usual_position = "none"
     reads = ("features",)
-    may_read: ClassVar[tuple[str, ...]] = (*BESIDE, "marked")
+    may_read: ClassVar[tuple[str, ...]] = (*BESIDE, "marked", "aligned")
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -60,6 +63,10 @@ class Features(Embedder):
             x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
         elif self.size != self.width:
             raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
+        if self.aligned is not None and "aligned" in fields:
+            there = fields["aligned"][..., None] >= 0  # (B, L, n, 1)
+            places = self._lent(self.aligned, "position")[jnp.maximum(fields["aligned"], 0)]  # (B, L, n, D)
+            x = x + (jnp.where(there, places, 0).sum(2) / jnp.maximum(there.sum(2), 1)).astype(x.dtype)
         return self.fuse(x, mask, fields, (x.shape[1],))
 
     def decode(self, x: jax.Array) -> jax.Array:

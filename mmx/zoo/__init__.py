@@ -40,6 +40,7 @@ MODULES = (  # one for each family, or for several close kin
     "marian",
     "paligemma",
     "perceiver",
+    "roberta",
     "siglip",
     "t5",
     "tapas",

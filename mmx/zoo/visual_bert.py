@@ -44,7 +44,7 @@ def _build(c: VisualBertConfig, heads: Sequence[str], dtype: str) -> MultimodalT
     return build_model(
         {
             "text": bert.text_embedder(c),
-            "image": Features(c.visual_embedding_dim, REGIONS, tables=tables, norm="text"),
+            "image": Features(c.visual_embedding_dim, REGIONS, tables=tables, norm="text", aligned="text"),
         },
         (Joint(c.num_hidden_layers),),
         width=c.hidden_size,
@@ -74,8 +74,10 @@ def _forward(run: Runner, c: VisualBertConfig, inputs: Mapping[str, Any]) -> dic
     if "visual_embeds" in inputs:
         regions = inputs["visual_embeds"]
         ones = jnp.ones(regions.shape[:2], jnp.int32)
-        kinds = inputs.get("visual_token_type_ids", ones)
-        batch["image"] = padded_features(regions, inputs.get("visual_attention_mask"), segment=kinds, line=0 * ones)
+        beside = {"segment": inputs.get("visual_token_type_ids", ones), "line": 0 * ones}
+        if "image_text_alignment" in inputs:  # the places of the words that belong to a region
+            beside["aligned"] = inputs["image_text_alignment"][:, : regions.shape[1]]
+        batch["image"] = padded_features(regions, inputs.get("visual_attention_mask"), **beside)
     r = run(batch)
     heads: Any = r.out.logits
     words, relation = heads.get("masked-lm"), heads.get("matching")
