@@ -17,11 +17,13 @@ class Ids(Embedder):
 
     Args:
         vocab: number of different ids, V.
+        lender: the modality, an earlier one, whose embeddings and positions these are too (the decoder of UniVL); None: own ones.
         length: the longest sequence, L; shorter ones are welcome, and longer ones that say which place each token takes.
     """
 
     vocab: int
     length: int
+    lender: str | None = None
 
     reads = ("ids",)
 
@@ -37,13 +39,27 @@ class Ids(Embedder):
             raise InputError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")
         if ids.shape[1] > self.length and PLACE not in fields:
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
-        values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
+        if self.lender:
+            values = self._lent("token")["embedding"].astype(self.dtype)[ids]
+        else:
+            values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
         return self.fuse(values, token_mask(mask, ids.shape), fields, (ids.shape[1],))
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Scores of every id with the embedding as the matrix (tied weights): `(B, L, D) -> (B, L, V)` float32."""
-        table = self.get_variable("params", "token")["embedding"].astype(x.dtype)
+        token = self._lent("token") if self.lender else self.get_variable("params", "token")
+        table = token["embedding"].astype(x.dtype)
         return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+
+    def _position_table(self, rows: int) -> jax.Array:
+        return self._lent("position") if self.lender else super()._position_table(rows)
+
+    def _lent(self, name: str) -> Any:
+        """The parameters of the lender, for both."""
+        lender = getattr(self.parent, "modalities", {}).get(self.lender)
+        if lender is None or (found := lender.get_variable("params", name)) is None:
+            raise InputError(f"{self.name}: there is no modality {self.lender!r} before it that could lend its {name}")
+        return found
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
