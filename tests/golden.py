@@ -80,6 +80,7 @@ CLASSES = {
             "imageonly_": those("pixel_values"),
         }
     ),
+    "UniVL": Class("univl"),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
 }
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import bert, clip, flava, gpt2, layoutlm, layoutlmv3, tapas, vilt, vit
+from mmx.zoo import bert, clip, flava, gpt2, layoutlm, layoutlmv3, tapas, univl, vilt, vit
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_pretrained, save_pretrained
 
-MODULES = (bert, clip, flava, gpt2, layoutlm, layoutlmv3, tapas, vilt, vit)
+MODULES = (bert, clip, flava, gpt2, layoutlm, layoutlmv3, tapas, univl, vilt, vit)
 FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 

@@ -105,6 +105,7 @@ WITHOUT_EFFECT = frozenset(
         "prefix",
         "problem_type",
         "pruned_heads",
+        "reference_class",
         "remove_invalid_values",
         "repetition_penalty",
         "resid_pdrop",
