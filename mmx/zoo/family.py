@@ -121,7 +121,8 @@ def channels_last(pixels: Any, patch: int = 1) -> Any:
 
 def whole_patches(size: int, patch: int) -> tuple[int, int]:
     """(height, width) of a square published image without what falls away."""
-    return (size // patch * patch,) * 2
+    whole = size // patch * patch
+    return whole, whole
 
 
 def as_batch(batch: Batch) -> dict[str, Any]:
