@@ -383,6 +383,21 @@ def test_a_raw_value_may_say_where_its_tokens_stand():
         np.testing.assert_array_equal(tokens.coordinates, expected)
 
 
+def test_a_text_may_have_the_embeddings_of_another():
+    texts, head = {"text": Ids(9, 4), "caption": Ids(9, 4, "text")}, mmx.heads.TiedDecoder("caption", transform=False, bias=False)
+    model = mmx.build_model(texts, (mmx.topologies.PerStream(0),), width=8, outputs={"captioning": head}, embed=0)
+    ids = np.asarray([[1, 5, 2]])
+    params = model.init(jax.random.key(0), {"text": ids, "caption": ids})
+    assert list(params["params"]) == ["modalities_text"]
+    out = model.apply(params, {"text": ids, "caption": ids})
+    np.testing.assert_array_equal(out.streams["caption"].values, out.streams["text"].values)
+    alone = model.apply(params, {"caption": ids})
+    table = params["params"]["modalities_text"]["token"]["embedding"]
+    np.testing.assert_allclose(alone.logits["captioning"], out.streams["text"].values @ table.T, atol=1e-5)
+    with pytest.raises(InputError, match="no modality 'nobody' before it"):
+        Ids(9, 4, "nobody", width=8).init(jax.random.key(0), ids)
+
+
 def test_the_type_stands_before_the_norm_or_behind_it(rng):
     ids = np.asarray([[1, 3]])
     for outside in (False, True):

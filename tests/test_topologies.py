@@ -674,8 +674,9 @@ def test_gathering_is_the_formula(rng):
     assert Gather().apply({}, {"audio": streams["audio"]}).keys() == {"audio"}
     plain = Gather(norm=1e-6, norm_beside="image").apply({}, {"text": streams["text"]})
     np.testing.assert_array_equal(plain[FUSED].values, streams["text"].values)
-    with pytest.raises(InputError, match="5 tokens, but positions=4"):
-        Gather(positions=4).init(jax.random.key(0), streams)
+    params = Gather(positions=4).init(jax.random.key(0), streams)
+    added = Gather(positions=4).apply(params, streams)[FUSED].values - Gather().apply({}, streams)[FUSED].values
+    np.testing.assert_allclose(added[0], np.asarray(params["params"]["position"])[[0, 1, 2, 3, 3]], atol=1e-6)
 
 
 def test_latent_tokens_leave_and_answer_at_learned_places(rng):

@@ -224,7 +224,7 @@ class Embedder(nn.Module, kw_only=True):
             features = fourier(grid_coordinates(grid), 16, self.grid)
             return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
         front = len(self.special) if self.special_position else 0
-        table = self.param("position", INITIAL, (front + int(np.prod(self.grid)), self.width))
+        table = self._position_table(front + int(np.prod(self.grid)))
         if place is not None:
             return table[place]
         table = table[front:]
@@ -236,6 +236,9 @@ class Embedder(nn.Module, kw_only=True):
         where = jnp.broadcast_to(where, (len(values), *where.shape[-2:]))
         values, where = (jnp.take_along_axis(x, kept[..., None], 1) for x in (values, where))
         return values, None if mask is None else jnp.take_along_axis(mask, kept, 1), where
+
+    def _position_table(self, rows: int) -> jax.Array:
+        return self.param("position", INITIAL, (rows, self.width))
 
     def _put_in_front(
         self, values: jax.Array, mask: jax.Array | None, coordinates: Any

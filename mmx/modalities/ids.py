@@ -22,12 +22,14 @@ class Ids(Embedder):
         scale: factor of the embedding, such as the root of the width (arXiv 1706.03762, 3.4); not of `decode`.
         last: whether a learned token stands behind the last id, with the position after it (CoCa, arXiv 2205.01917: a class
             token that sees the whole text where the text is causal). Then there are L + 1 tokens.
+        lender: the modality, an earlier one, whose embeddings and positions these are too (the decoder of UniVL); None: own ones.
     """
 
     vocab: int
     length: int
     scale: float = 1.0
     last: bool = False
+    lender: str | None = None
 
     reads = ("ids",)
 
@@ -43,7 +45,10 @@ class Ids(Embedder):
             raise InputError(f"{self.name}: expected integer ids of shape (B, L), got {ids.dtype} {ids.shape}")
         if ids.shape[1] > self.length and PLACE not in fields and self.position in (None, "learned"):
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
-        values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
+        if self.lender:
+            values = self._lent(self.lender, "token")["embedding"].astype(self.dtype)[ids]
+        else:
+            values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
         values = values if self.scale == 1 else values * jnp.asarray(self.scale, values.dtype)
         mask = token_mask(mask, ids.shape)
         if self.last:
@@ -54,8 +59,12 @@ class Ids(Embedder):
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Scores of every id with the embedding as the matrix (tied weights): `(B, L, D) -> (B, L, V)` float32."""
-        table = self.get_variable("params", "token")["embedding"].astype(x.dtype)
+        token = self._lent(self.lender, "token") if self.lender else self.get_variable("params", "token")
+        table = token["embedding"].astype(x.dtype)
         return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+
+    def _position_table(self, rows: int) -> jax.Array:
+        return self._lent(self.lender, "position") if self.lender else super()._position_table(rows)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""

@@ -1,4 +1,4 @@
-"""The four stages that the six topologies are made of, `Gather`, `Norm`; `mmx.topologies.latents` has two with learned tokens."""
+"""The four stages that the six topologies are made of, `Gather` and `Norm`; `mmx.topologies.latents` adds two more."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ class Gather(Stage):
         keep: whether they stay beside the new one.
         width: to which each is projected, if it has another one; None: that of the first.
         project: whether each has a projection anyway (FLAVA).
-        positions: how many learned places, counted over all tokens (UniVL); None: no places.
+        positions: how many learned places, counted over all tokens (UniVL), the last one for all that are beyond; None: none.
         type: whether a learned vector tells the stream (UniVL).
         special: learned tokens in front (FLAVA's class token).
         norm: eps of a LayerNorm; None: no norm.
@@ -112,9 +112,8 @@ class Gather(Stage):
         joint = concatenate({name: self._enter(name, tokens, width) for name, tokens in read.items()})
         x, mask, where, count = joint.values, joint.mask, joint.coordinates, len(self.special)
         if self.positions is not None:
-            if x.shape[1] > self.positions:
-                raise InputError(f"Gather: {x.shape[1]} tokens, but positions={self.positions}; build a longer model")
-            x = x + self.param("position", INITIAL, (self.positions, width))[: x.shape[1]].astype(x.dtype)
+            table = self.param("position", INITIAL, (self.positions, width)).astype(x.dtype)
+            x = x + table[np.minimum(np.arange(x.shape[1]), self.positions - 1)]
         if self.special:
             special = self.param("special", INITIAL, (count, width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(special, (len(x), count, width)), x], 1)
@@ -136,7 +135,7 @@ class Gather(Stage):
 
 
 class Norm(Stage):
-    """A LayerNorm for the tokens of each stream that is named, `{stream: eps}`: behind what others have read before it."""
+    """A LayerNorm for each stream that is named, `{stream: eps}`, behind what others have read before it (FLAVA)."""
 
     eps: Mapping[str, float]
 

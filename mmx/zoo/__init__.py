@@ -45,6 +45,7 @@ MODULES = (  # one for each family, or for several close kin
     "t5",
     "tapas",
     "uniter",
+    "univl",
     "videomae",
     "vilbert",
     "vilt",
