@@ -204,3 +204,12 @@ def test_another_resolution():
     pretrained = mmx.load_pretrained(VIT)
     fields = pretrained(pixel_values=np.ones((1, 3, 32, 48), "f"))
     assert fields["last_hidden_state"].shape == (1, 1 + 4 * 6, 32) and np.isfinite(fields["logits"]).all()
+
+
+def test_flags_choose_what_is_computed():
+    folder = Path(__file__).parent / "published" / "BlipForImageTextRetrieval"
+    pretrained, given = mmx.load_pretrained(folder), safetensors.numpy.load_file(folder / "inputs.safetensors")
+    matched, apart = (pretrained(**given, use_itm_head=flag) for flag in (True, False))
+    assert "itm_score" in matched and "itc_score" not in matched
+    assert "itc_score" in apart and "itm_score" not in apart
+    assert np.abs(matched["question_embeds"] - apart["question_embeds"]).max() > 1e-3

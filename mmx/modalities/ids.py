@@ -43,7 +43,7 @@ class Ids(Embedder):
         values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
         mask = token_mask(mask, ids.shape)
         if self.last:
-            last = self.param("special", INITIAL, (1, self.width)).astype(self.dtype)
+            last = self.param("last", INITIAL, (1, self.width)).astype(self.dtype)
             values = jnp.concatenate([values, jnp.broadcast_to(last, (len(ids), *last.shape))], 1)
             mask = None if mask is None else jnp.concatenate([mask, mask.any(-1, keepdims=True)], 1)
         return self.fuse(values, mask, fields, (values.shape[1],))
