@@ -611,9 +611,9 @@ def test_a_learned_token_may_stand_behind_the_ids(rng):
     module = Ids(9, 5, last=True, width=8)
     ids, mask = rng.integers(0, 9, (2, 3)), np.asarray([[1, 1, 0], [0, 0, 0]], bool)
     params = module.init(jax.random.key(0), module.example(2))["params"]
-    assert params["position"].shape == (6, 8) and params["special"].shape == (1, 8)
+    assert params["position"].shape == (6, 8) and params["last"].shape == (1, 8)
     tokens = module.apply({"params": params}, ids)
     np.testing.assert_allclose(tokens.values[:, :3], params["token"]["embedding"][ids] + params["position"][:3], atol=1e-6)
-    np.testing.assert_allclose(tokens.values[1, 3], params["special"][0] + params["position"][3], atol=1e-6)
+    np.testing.assert_allclose(tokens.values[1, 3], params["last"][0] + params["position"][3], atol=1e-6)
     tokens = module.apply({"params": params}, Masked(ids, mask))
     np.testing.assert_array_equal(tokens.mask, [[1, 1, 0, 1], [0, 0, 0, 0]])

@@ -339,3 +339,12 @@ def test_the_matrix_of_scores_is_tied_where_the_file_has_no_other(tmp_path):
     tensors["lm_head.weight"] = 2 * tensors["shared.weight"]
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     np.testing.assert_allclose(mmx.load_pretrained(tmp_path)(**given)["logits"], 2 * tied["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_flags_choose_what_is_computed():
+    folder = Path(__file__).parent / "published" / "BlipForImageTextRetrieval"
+    pretrained, given = mmx.load_pretrained(folder), safetensors.numpy.load_file(folder / "inputs.safetensors")
+    matched, apart = (pretrained(**given, use_itm_head=flag) for flag in (True, False))
+    assert "itm_score" in matched and "itc_score" not in matched
+    assert "itc_score" in apart and "itm_score" not in apart
+    assert np.abs(matched["question_embeds"] - apart["question_embeds"]).max() > 1e-3

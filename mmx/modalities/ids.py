@@ -52,7 +52,7 @@ class Ids(Embedder):
         values = values if self.scale == 1 else values * jnp.asarray(self.scale, values.dtype)
         mask = token_mask(mask, ids.shape)
         if self.last:
-            last = self.param("special", INITIAL, (1, self.width)).astype(self.dtype)
+            last = self.param("last", INITIAL, (1, self.width)).astype(self.dtype)
             values = jnp.concatenate([values, jnp.broadcast_to(last, (len(ids), *last.shape))], 1)
             mask = None if mask is None else jnp.concatenate([mask, mask.any(-1, keepdims=True)], 1)
         return self.fuse(values, mask, fields, (values.shape[1],))

@@ -81,7 +81,7 @@ class CoCaMultimodalConfig(CoCaTextConfig):
 class CoCaVisionConfig:
     """The fields of open_clip's image tower."""
 
-    layers: int | tuple = 12
+    layers: int = 12
     width: int = 768
     head_width: int = 64
     mlp_ratio: float = 4.0
@@ -163,7 +163,7 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         ),
         "text": _block(c, text.width, text.heads, text.mlp_ratio, text.ls_init_value, dtype, final_norm=False),
     }
-    towers: list[Stage] = [PerStream({"image": image.layers, "text": text.layers}, blocks, causal=("text",))]  # type: ignore[dict-item]
+    towers: list[Stage] = [PerStream({"image": image.layers, "text": text.layers}, blocks, causal=("text",))]
     if image.attentional_pool:
         towers.append(Pool("image", image.attn_pooler_heads, image.attn_pooler_queries, c.embed_dim, EPS))
     meeting: list[Stage] = [
@@ -239,7 +239,7 @@ def _table(c: CoCaConfig) -> Table:
         **pool,
         "visual.ln_post": "stages_1/norm" if image.attentional_pool else "stages_0/image/norm",
         "visual.proj": "projections_image/projection/kernel",
-        "text.cls_emb": reshaped("modalities_text/special", c.text_cfg.width),
+        "text.cls_emb": reshaped("modalities_text/last", c.text_cfg.width),
         "text.token_embedding": "modalities_text/token",
         "text.positional_embedding": "modalities_text/position",
         **layers("text.transformer.resblocks.{}", "stages_0/text/layers/block", _layer("self")),
@@ -305,7 +305,7 @@ FAMILIES = (
             },
             "coca_base": _sized(768, 12, {"patch_size": 18, "image_size": 288}, 64000),
         },
-        heads={"captioning": "text_decoder."},
+        heads={"captioning": "text_decoder.text_projection"},
         known=(r"attn_mask$",),
     ),
 )
