@@ -9,7 +9,7 @@ import pytest
 
 from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
-from mmx.layers import MLP, Block, BlockConfig, Stack, attend, visibility
+from mmx.layers import MLP, Block, BlockConfig, Sight, Stack, attend, visibility
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -249,3 +249,27 @@ def test_a_context_has_a_norm_that_there_is():
     for wrong in ({"context_norm": "both"}, {"context_norm": "shared", "norm": "post"}):
         with pytest.raises(InputError, match="context_norm"):
             dataclasses.replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_both_is_self_attention_of_a_stream_and_its_context(rng, norm):
+    """The first sublayer of "self" on all tokens, of which the stream's own are kept; masks and causal streams included."""
+    x, context = rng.standard_normal((2, 3, 8)).astype("f"), rng.standard_normal((2, 4, 8)).astype("f")
+    own, other = np.asarray([[1, 1, 0], [1, 1, 1]], bool), np.asarray([[1, 0, 1, 1], [0, 0, 0, 0]], bool)
+    config = dataclasses.replace(SMALL, norm=norm)
+    block = Block(config, "both mlp")
+    params = block.init(jax.random.key(0), x, context=context)["params"]
+    renamed = {name.replace("both", "self"): leaf for name, leaf in params.items()}
+    alone = Block(config, "self mlp").apply({"params": renamed}, x, Sight(own))
+    np.testing.assert_allclose(block.apply({"params": params}, x, Sight(own)), alone, atol=1e-6)
+    for visible in (None, np.tri(3, dtype=bool)):
+        found = block.apply({"params": params}, x, Sight(own, visible), context, other)
+        rule = None if visible is None else np.block([[visible, np.ones((3, 4), bool)], [np.ones((4, 7), bool)]])
+        whole = Sight(np.concatenate([own, other], 1), rule)
+        expected = Block(config, "self mlp").apply({"params": renamed}, np.concatenate([x, context], 1), whole)[:, :3]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        block.apply({"params": params}, x, context=context),
+        Block(config, "self mlp").apply({"params": renamed}, np.concatenate([x, context], 1))[:, :3],
+        atol=1e-5,
+    )

@@ -2,7 +2,9 @@
 
 "self mlp"            encoder                      "cross self mlp"        LXMERT
 "self cross mlp"      decoder, ALBEF               "cross mlp self mlp"    ViLBERT
-"cross mlp"           MulT
+"cross mlp"           MulT                     "both mlp"              MBT without a bottleneck
+
+"both" is one attention to the context and to oneself, by one norm and one softmax.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ from mmx.parallel import constrain
 
 DTYPES = ("float32", "bfloat16")
 MULTIWAY = ("attention", "mlp", "norm")
+SUBLAYERS = ("self", "cross", "both", "mlp")
 REMAT = ("none", "full", "dots")
 
 
@@ -117,9 +120,18 @@ def sublayer_names(word: str) -> list[tuple[str, str]]:
     """Splits a word into `(name, kind)` of each sublayer: `"cross mlp self mlp"` has `mlp` and `mlp_1`."""
     kinds = word.split()
     for kind in kinds:
-        if kind not in ("self", "cross", "mlp"):
-            raise InputError(unknown("sublayer", kind, ("self", "cross", "mlp")))
+        if kind not in SUBLAYERS:
+            raise InputError(unknown("sublayer", kind, SUBLAYERS))
     return [(kind if kind not in kinds[:i] else f"{kind}_{kinds[:i].count(kind)}", kind) for i, kind in enumerate(kinds)]
+
+
+def _both(sight: Sight, own: tuple[int, ...], context_mask: jax.Array | None, both: tuple[int, ...]) -> Sight:
+    """The sight of a stream in front of its context, all of which it sees."""
+    masks = [(sight.mask, own), (context_mask, (own[0], both[1] - own[1]))]
+    whole = all(mask is None for mask, _ in masks)
+    mask = None if whole else jnp.concatenate([jnp.ones(s, bool) if m is None else m for m, s in masks], 1)
+    more = ((0, 0), (0, both[1] - own[1]))
+    return Sight(mask, None if sight.visible is None else jnp.pad(sight.visible, more, constant_values=True))
 
 
 class Block(nn.Module):
@@ -158,12 +170,15 @@ class Block(nn.Module):
             def norm(x: jax.Array, name: str = name) -> jax.Array:
                 return each_part(x, norms, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm{end}"))
 
-            source = context if kind == "cross" else None
-            if source is not None and c.context_norm == "shared":
-                y, source = jnp.split(norm(jnp.concatenate([x, source], 1)), [x.shape[1]], 1)
+            source = context if kind in ("cross", "both") else None
+            together = source is not None and (kind == "both" or c.context_norm == "shared")
+            if together:
+                source = jnp.concatenate([x, source], 1)
+                source = norm(source) if c.norm == "pre" else source
+                y, source = source[:, : x.shape[1]], source if kind == "both" else source[:, x.shape[1] :]
             else:
                 y = norm(x) if c.norm == "pre" else x
-            if source is not None and c.context_norm == "own":
+            if source is not None and c.context_norm == "own" and kind == "cross":
                 source = make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_context_norm")(source)
             if kind == "mlp":
                 y = each_part(
@@ -186,8 +201,10 @@ class Block(nn.Module):
                     parts=attentions,
                     name=name,
                 )
-                if kind == "self":
+                if kind == "self" or (kind == "both" and source is None):
                     y = attention(y, sight)
+                elif kind == "both":
+                    y = attention(y, _both(sight, x.shape[:2], context_mask, source.shape[:2]), source)
                 elif source is None:
                     y = jnp.zeros_like(x)
                 else:
