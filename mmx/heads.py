@@ -107,11 +107,13 @@ class Classifier(nn.Module):
         classes: how many.
         stream: whose vector is read; None: the mean of all that are there.
         transform: whether a dense layer with tanh stands before the last one.
+        by_tokens: whether in that mean a stream counts by its tokens, and not as one.
     """
 
     classes: int
     stream: str | None = None
     transform: bool = True
+    by_tokens: bool = False
     dtype: Any = "float32"
 
     @nn.compact
@@ -126,7 +128,8 @@ class Classifier(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
     def _mean(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
-        present = jnp.stack([tokens.present for tokens in streams.values()], 1)[..., None]  # (B, M, 1)
+        count = [tokens.dense_mask.sum(-1) if self.by_tokens else tokens.present for tokens in streams.values()]
+        present = jnp.stack(count, 1)[..., None]  # (B, M, 1)
         each = jnp.stack([pooled[name] for name in streams], 1)  # (B, M, D)
         return (each * present.astype(each.dtype)).sum(1) / jnp.maximum(present.sum(1), 1).astype(each.dtype)
 

@@ -23,6 +23,7 @@ from mmx.topologies import (
     Cross,
     Joint,
     Latent,
+    Norm,
     PerStream,
     Sum,
     catalogue,
@@ -536,6 +537,16 @@ def test_attention_projections_for_each_modality(rng):
     changed["stack"]["layers"]["block"]["self"]["value_text"]["kernel"] += 1
     before, after = apply_stages([multiway], [copy(params)], streams), apply_stages([multiway], [changed], streams)
     assert np.abs(after["image"].values - before["image"].values).max() > 1e-3
+
+
+def test_one_norm_for_all_streams(rng):
+    streams = make_streams(rng, (3, 4))
+    stage = Norm(BLOCK)
+    params = {"norm": {"scale": rng.standard_normal(8).astype("f"), "bias": rng.standard_normal(8).astype("f")}}
+    for name, tokens in stage.apply({"params": params}, streams).items():
+        x = streams[name].values
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + BLOCK.eps)
+        np.testing.assert_allclose(tokens.values, x * params["norm"]["scale"] + params["norm"]["bias"], atol=1e-5)
 
 
 def test_latent_tokens_leave_and_answer_at_learned_places(rng):

@@ -19,7 +19,7 @@ from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
 from mmx.topologies.one_to_multi import one_to_multi
 from mmx.topologies.stage import Stage
-from mmx.topologies.stages import FUSED, Cross, Joint, PerStream, Sum
+from mmx.topologies.stages import FUSED, Cross, Joint, Norm, PerStream, Sum
 
 TOPOLOGIES: dict[str, Callable[..., tuple[Stage, ...]]] = {
     f.__name__: f
@@ -51,6 +51,7 @@ __all__ = [
     "Cross",
     "Joint",
     "Latent",
+    "Norm",
     "PerStream",
     "Stage",
     "Sum",

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, sublayer_names
+from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, make_norm, sublayer_names
+from mmx.layers.block import SUBLAYERS
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
 from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
 from mmx.types import Streams, Tokens
@@ -69,6 +70,21 @@ class Sum(Stage):
         if not self.learned:
             return weight
         return jnp.exp(self.param(f"{name}_weight", nn.initializers.constant(np.log(weight)), ()))
+
+
+class Norm(Stage):
+    """One norm for all streams, with the same weights (MBT), of the kind and eps of the block.
+
+    Z_m = norm(Z_m)
+    """
+
+    block: BlockConfig | None = None
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        block = given(self.block, self)
+        norm = make_norm(block.norm_kind, block.eps, block.dtype, "norm")
+        return {name: dataclasses.replace(tokens, values=norm(tokens.values)) for name, tokens in streams.items()}
 
 
 class PerStream(Stage):
@@ -180,7 +196,7 @@ class Cross(Stage):
         if not active:
             return streams
         blocks = {name: given(self.block, self, name) for name in active}
-        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in ("self", "cross", "mlp")}
+        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in SUBLAYERS}
         self._check_share(blocks)
         width = {name: blocks[name].width if name in blocks else None for name in streams}
         streams = {name: fit(tokens, width[name] or tokens.values.shape[-1], name) for name, tokens in streams.items()}
