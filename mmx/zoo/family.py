@@ -63,6 +63,7 @@ class Family:
         prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
         known: patterns of tensors that are stored and not read: buffers and tied copies.
         generation: how it writes; None: it does not.
+        infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
         older: patterns in the tensors' names -> what older files have in their place.
     """
 
@@ -76,6 +77,7 @@ class Family:
     prefix: str = ""
     known: Sequence[str] = ()
     generation: Generation | None = None
+    infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
