@@ -54,6 +54,8 @@ CLASSES = {
         rename={"": "loss", **{f"encoder_{n}": n for n in ("last_hidden_state", "hidden_states")}},
         configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
     ),
+    "MBT": Class(family="mbt", configs={"nobottleneck_test_": {"test_with_bottlenecks": False}}),
+    "MBTCrossModal": Class(family="mbt"),
     "CLIPModel": Class(
         rename={
             **{f"text_{n}": f"text_model_output.{n}" for n in ("last_hidden_state", "hidden_states")},
@@ -76,7 +78,7 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
     for prefix, inputs_of in names.calls.items():
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
-    for prefix, change in names.configs.items():
+    for prefix, change in ((p, c) for p, c in names.configs.items() if any(n.startswith(p) for n in recorded)):
         fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
     if "generate.sequences" in recorded:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
