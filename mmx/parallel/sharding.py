@@ -29,7 +29,7 @@ TABLE = (
     (r"(^|/)token/embedding$", "vocab -> embed"),
     (r"(^|/)embedding$", "length -> embed"),  # a small table: segments, rows, states of a pen
     (r"decoder_bias$", "-> vocab"),
-    (r"(^|/)(position|special|token|[^/]*_query)$", "length -> embed"),
+    (r"(^|/)(position|special|token|[^/]*_query|time_position)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
     (r"(^|/)classifier/kernel$", "embed -> head"),
     (r"(scale|bias|logit_scale|weight)[^/]*$", ""),  # small vectors and scalars: every device holds them
