@@ -12,12 +12,12 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import beit, bert, clip, gpt2, mbt, perceiver, videomae, vit, vit_mae
+from mmx.zoo import beit, bert, clip, gpt2, mbt, perceiver, timesformer, videomae, vit, vit_mae
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Family
 from mmx.zoo.pretrained import Pretrained, build, load_pretrained, save_pretrained
 
-MODULES = (beit, bert, clip, gpt2, mbt, perceiver, videomae, vit, vit_mae)
+MODULES = (beit, bert, clip, gpt2, mbt, perceiver, timesformer, videomae, vit, vit_mae)
 FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
 NAMES: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.names}
 
