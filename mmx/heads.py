@@ -130,6 +130,7 @@ class Classifier(nn.Module):
         activation: behind it.
         norm: eps of a LayerNorm behind that (LXMERT); None: no norm.
         fuse: what becomes of several streams: their mean, sum or product (ViLBERT).
+        by_tokens: whether in their mean a stream counts by its tokens, and not as one.
     """
 
     classes: int
@@ -139,6 +140,7 @@ class Classifier(nn.Module):
     activation: str | None = "tanh"
     norm: float | None = None
     fuse: str = "mean"
+    by_tokens: bool = False
     dtype: Any = "float32"
 
     @nn.compact
@@ -154,7 +156,8 @@ class Classifier(nn.Module):
     def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
         if self.fuse not in FUSES:
             raise InputError("classifier: " + unknown("fuse", self.fuse, FUSES))
-        present = jnp.stack([tokens.present for tokens in streams.values()], 1)[..., None]  # (B, M, 1)
+        count = [tokens.dense_mask.sum(-1) if self.by_tokens else tokens.present for tokens in streams.values()]
+        present = jnp.stack(count, 1)[..., None]  # (B, M, 1)
         each = jnp.stack([pooled[name] for name in streams], 1)  # (B, M, D)
         if self.fuse == "product":
             return jnp.where(present, each, 1).prod(1)

@@ -117,11 +117,14 @@ CLASSES = {
     "LxmertForPreTraining": Class(
         rename={f"visual_head.{n}": f"obj_predict_head.{n}" for n in ("obj", "attr", "feat")}, nested=("obj_labels",)
     ),
+    "MBT": Class("mbt", configs={"nobottleneck_test_": {"test_with_bottlenecks": False}}),
+    "MBTCrossModal": Class("mbt"),
     "MarianMTModel": Class(source=("input_ids", "attention_mask")),
     "PaliGemmaForConditionalGeneration": Class(calls={"notype_": without("token_type_ids", "labels")}),
     "Siglip2Model": Class(rename=TOWERS | POOLED, call={"return_loss": True}),
     "SiglipModel": Class(rename=TOWERS | POOLED, call={"return_loss": True}, calls={"nomask_": without("attention_mask")}),
     "T5ForConditionalGeneration": Class(source=("input_ids", "attention_mask")),
+    "UniVL": Class("univl"),
     "UniterForPretraining": Class(
         "uniter",
         rename={"wra.ot_pos_dist": "wra", "wra.ot_neg_dist": "wra"},

@@ -9,7 +9,7 @@ import pytest
 
 from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
-from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Stack, attend, make_norm, visibility
+from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Line, Sight, Stack, attend, make_norm, visibility
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -332,3 +332,59 @@ def test_a_context_has_a_norm_that_there_is():
     for wrong in ({"context_norm": "both"}, {"context_norm": "shared", "norm": "post"}):
         with pytest.raises(InputError, match="context_norm"):
             dataclasses.replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_both_is_self_attention_of_a_stream_and_its_context(rng, norm):
+    """The first sublayer of "self" on all tokens, of which the stream's own are kept; masks and causal streams included."""
+    x, context = rng.standard_normal((2, 3, 8)).astype("f"), rng.standard_normal((2, 4, 8)).astype("f")
+    own, other = np.asarray([[1, 1, 0], [1, 1, 1]], bool), np.asarray([[1, 0, 1, 1], [0, 0, 0, 0]], bool)
+    config = dataclasses.replace(SMALL, norm=norm)
+    block = Block(config, "both mlp")
+    params = block.init(jax.random.key(0), x, context=context)["params"]
+    renamed = {name.replace("both", "self"): leaf for name, leaf in params.items()}
+    alone = Block(config, "self mlp").apply({"params": renamed}, x, Sight(own))
+    np.testing.assert_allclose(block.apply({"params": params}, x, Sight(own)), alone, atol=1e-6)
+    for visible in (None, np.tri(3, dtype=bool)):
+        found = block.apply({"params": params}, x, Sight(own, visible), context, other)
+        rule = None if visible is None else np.block([[visible, np.ones((3, 4), bool)], [np.ones((4, 7), bool)]])
+        whole = Sight(np.concatenate([own, other], 1), rule)
+        expected = Block(config, "self mlp").apply({"params": renamed}, np.concatenate([x, context], 1), whole)[:, :3]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        block.apply({"params": params}, x, context=context),
+        Block(config, "self mlp").apply({"params": renamed}, np.concatenate([x, context], 1))[:, :3],
+        atol=1e-5,
+    )
+
+
+def test_time_and_space_are_attention_along_each(rng):
+    """Against the sublayer "self" on what belongs together; what is masked is seen by nobody."""
+    frames, places = 3, 4
+    x = rng.standard_normal((2, 1 + frames * places, 8)).astype("f")
+    sight = Sight(lines=(Line(1 + frames * places, 1, (frames, 2, 2)),))
+    config = dataclasses.replace(SMALL, layer_scale=None)
+    for kind in ("time", "space"):
+        block = Block(config, kind)
+        params = block.init(jax.random.key(0), x, sight)["params"]
+        params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), params)
+        alone = {"self": params[kind], "self_norm": params[f"{kind}_norm"]}
+
+        def attend_alone(y, alone=alone):
+            return np.asarray(Block(config, "self").apply({"params": alone}, y)) - y
+
+        own, expected = x[:, 1:].reshape(2, frames, places, 8), np.zeros_like(x)
+        if kind == "time":
+            y = np.stack([attend_alone(own[:, :, p]) for p in range(places)], 2).reshape(2, -1, 8)
+            expected[:, 1:] = y @ params["time_project"]["kernel"] + params["time_project"]["bias"]
+        else:
+            y = np.stack([attend_alone(np.concatenate([x[:, :1], own[:, f]], 1)) for f in range(frames)], 1)
+            expected[:, 0], expected[:, 1:] = y[:, :, 0].mean(1), y[:, :, 1:].reshape(2, -1, 8)
+        np.testing.assert_allclose(block.apply({"params": params}, x, sight), x + expected, atol=1e-3, rtol=1e-4)
+        mask = np.ones(x.shape[:2], bool)
+        mask[0, [2, 9, 10, 11, 12]] = False  # a place of the first frame, and all of the last
+        other = np.where(mask[..., None], x, 7.0).astype("f")
+        a, b = (np.asarray(block.apply({"params": params}, v, dataclasses.replace(sight, mask=mask))) for v in (x, other))
+        np.testing.assert_allclose(a[mask], b[mask], atol=1e-4)
+        with pytest.raises(InputError, match="lies on a grid"):
+            block.init(jax.random.key(0), x)

@@ -295,6 +295,17 @@ def test_what_is_hidden_and_what_is_kept(rng):
         row.init(jax.random.key(0), {"ids": np.ones((2, 5), int), "hidden": np.ones((2, 5))})
 
 
+def test_positions_of_a_video_may_be_divided(rng):
+    module = Patches((4, 8, 8), (2, 4, 4), special=("class",), special_position=True, position="divided", width=8)
+    video = rng.standard_normal((1, 4, 8, 8, 3)).astype("f")
+    params = module.init(jax.random.key(0), video)["params"]
+    assert params["position"].shape == (5, 8) and params["time_position"].shape == (2, 8)
+    bare = module.clone(position="none", special_position=False)
+    bare = bare.apply({"params": {n: params[n] for n in ("patch", "special")}}, video).values
+    added = np.concatenate([params["position"][:1], (params["time_position"][:, None] + params["position"][1:]).reshape(-1, 8)])
+    np.testing.assert_allclose(module.apply({"params": params}, video).values, bare + added, atol=1e-6)
+
+
 def test_features_may_be_tokens_already(rng):
     x = rng.standard_normal((2, 3, 8)).astype("f")
     tokens = Features(8, 4, linear=False, width=8).apply({}, Masked(x, np.asarray([[1, 1, 0], [1, 1, 1]], bool)))

@@ -271,3 +271,13 @@ def test_a_class_for_every_token_and_the_mean_of_the_content(rng):
     np.testing.assert_allclose(logits, x @ params["classifier"]["kernel"], atol=1e-5)
     pooled = Pooler("content").apply({}, tokens, None)
     np.testing.assert_allclose(pooled, [tokens.values[0, 1], tokens.values[1, 1:].mean(0)], atol=1e-6)
+
+
+def test_a_mean_of_streams_may_count_their_tokens(rng):
+    mask = np.asarray([[1, 1, 1, 0], [0, 0, 0, 0]], bool)
+    streams = {"image": Tokens(rng.standard_normal((2, 4, 8)).astype("f"), mask), "text": Tokens(np.ones((2, 2, 8), "f"))}
+    pooled = {name: Pooler("mean").apply({}, tokens, None) for name, tokens in streams.items()}
+    head = Classifier(3, transform=False, by_tokens=True)
+    logits, variables = head.init_with_output(jax.random.key(0), streams, pooled, {})
+    means = [np.concatenate([streams["image"].values[0, :3], np.ones((2, 8))]).mean(0), np.ones(8)]
+    np.testing.assert_allclose(logits, np.stack(means) @ variables["params"]["classifier"]["kernel"], atol=1e-5)

@@ -679,6 +679,16 @@ def test_gathering_is_the_formula(rng):
     np.testing.assert_allclose(added[0], np.asarray(params["params"]["position"])[[0, 1, 2, 3, 3]], atol=1e-6)
 
 
+def test_one_norm_for_all_streams(rng):
+    streams = make_streams(rng, (3, 4))
+    stage = Norm(BLOCK)
+    params = {"norm": {"scale": rng.standard_normal(8).astype("f"), "bias": rng.standard_normal(8).astype("f")}}
+    for name, tokens in stage.apply({"params": params}, streams).items():
+        x = streams[name].values
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + BLOCK.eps)
+        np.testing.assert_allclose(tokens.values, x * params["norm"]["scale"] + params["norm"]["bias"], atol=1e-5)
+
+
 def test_latent_tokens_leave_and_answer_at_learned_places(rng):
     """Blocks gone through again are the same layers twice; a stream that is not answered ends; widths are as they come."""
     streams = {name: Tokens(rng.standard_normal((2, 4, 6)).astype("f")) for name in ("image", "text")}

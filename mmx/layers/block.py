@@ -2,7 +2,13 @@
 
 "self mlp"            encoder                      "cross self mlp"        LXMERT
 "self cross mlp"      decoder, ALBEF               "cross mlp self mlp"    ViLBERT
-"cross mlp"           MulT
+"cross mlp"           MulT                     "both mlp"              MBT without a bottleneck
+
+"time space mlp"      TimeSformer
+
+On a grid (time, row, column), "time" is attention of each place along time with a linear map behind, and "space" attention
+within each time, where special tokens read every frame and keep the mean.
+"both" is one attention to the context and to oneself, by one norm and one softmax.
 """
 
 import dataclasses
@@ -12,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, at_least, unknown
-from mmx.layers.attention import PROJECTIONS, Attention, Sight, each_part
+from mmx.layers.attention import PROJECTIONS, Attention, Line, Sight, each_part
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
 from mmx.parallel import constrain
 
 DTYPES = ("float32", "bfloat16")
 MULTIWAY = ("attention", "mlp", "norm")
+SUBLAYERS = ("self", "time", "space", "cross", "both", "mlp")
 REMAT = ("none", "full", "dots")
 
 
@@ -130,9 +137,18 @@ def sublayer_names(word: str) -> list[tuple[str, str]]:
     """Splits a word into `(name, kind)` of each sublayer: `"cross mlp self mlp"` has `mlp` and `mlp_1`."""
     kinds = word.split()
     for kind in kinds:
-        if kind not in ("self", "cross", "mlp"):
-            raise InputError(unknown("sublayer", kind, ("self", "cross", "mlp")))
+        if kind not in SUBLAYERS:
+            raise InputError(unknown("sublayer", kind, SUBLAYERS))
     return [(kind if kind not in kinds[:i] else f"{kind}_{kinds[:i].count(kind)}", kind) for i, kind in enumerate(kinds)]
+
+
+def _both(sight: Sight, own: tuple[int, ...], context_mask: jax.Array | None, both: tuple[int, ...]) -> Sight:
+    """The sight of a stream in front of its context, all of which it sees."""
+    masks = [(sight.mask, own), (context_mask, (own[0], both[1] - own[1]))]
+    whole = all(mask is None for mask, _ in masks)
+    mask = None if whole else jnp.concatenate([jnp.ones(s, bool) if m is None else m for m, s in masks], 1)
+    more = ((0, 0), (0, both[1] - own[1]))
+    return Sight(mask, None if sight.visible is None else jnp.pad(sight.visible, more, constant_values=True))
 
 
 class Block(nn.Module):
@@ -171,12 +187,15 @@ class Block(nn.Module):
             def norm(x: jax.Array, name: str = name) -> jax.Array:
                 return each_part(x, norms, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm{end}"))
 
-            source = context if kind == "cross" else None
-            if source is not None and c.context_norm == "shared":
-                y, source = jnp.split(norm(jnp.concatenate([x, source], 1)), [x.shape[1]], 1)
+            source = context if kind in ("cross", "both") else None
+            together = source is not None and (kind == "both" or c.context_norm == "shared")
+            if together:
+                source = jnp.concatenate([x, source], 1)
+                source = norm(source) if c.norm == "pre" else source
+                y, source = source[:, : x.shape[1]], source if kind == "both" else source[:, x.shape[1] :]
             else:
                 y = norm(x) if c.norm == "pre" else x
-            if source is not None and c.context_norm == "own":
+            if source is not None and c.context_norm == "own" and kind == "cross":
                 source = make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_context_norm")(source)
             if kind == "mlp":
                 y = each_part(
@@ -199,8 +218,12 @@ class Block(nn.Module):
                     parts=attentions,
                     name=name,
                 )
-                if kind == "self":
+                if kind in ("time", "space"):
+                    y = self._along(kind, name, attention, y, sight)
+                elif kind == "self" or (kind == "both" and source is None):
                     y = attention(y, sight)
+                elif kind == "both":
+                    y = attention(y, _both(sight, x.shape[:2], context_mask, source.shape[:2]), source)
                 elif source is None:
                     y = jnp.zeros_like(x)
                 else:
@@ -216,6 +239,33 @@ class Block(nn.Module):
                 y = jnp.where(context_mask.any(-1)[:, None, None], y, x)
             x = constrain(y, "batch", "length", "stream")
         return x
+
+    def _along(self, kind: str, name: str, attention: Attention, x: jax.Array, sight: Sight) -> jax.Array:
+        """Attention along one part of the grid of the only stream, `(B, special + T S, D)`; the other one counts as batch."""
+        line = sight.lines[0] if len(sight.lines) == 1 else Line(x.shape[1])
+        if line.grid is None or len(line.grid) != 3 or sight.visible is not None:
+            raise InputError(
+                f"block: the sublayer {kind!r} is of a stream that lies on a grid (time, row, column) and is not causal"
+            )
+        size, width, frames = len(x), x.shape[-1], line.grid[0]
+        mask = jnp.ones(x.shape[:2], bool) if sight.mask is None else sight.mask
+        special, own = x[:, : line.special], x[:, line.special :].reshape(size, frames, -1, width)
+        here = mask[:, line.special :].reshape(own.shape[:3])
+        if kind == "time":
+            own, here = own.swapaxes(1, 2), here.swapaxes(1, 2)
+            y = attention(own.reshape(-1, frames, width), Sight(None if sight.mask is None else here.reshape(-1, frames)))
+            y = nn.Dense(width, use_bias=self.config.bias, dtype=self.config.dtype, name=f"{name}_project")(y)
+            y = y.reshape(size, -1, frames, width).swapaxes(1, 2).reshape(size, -1, width)
+            return jnp.concatenate([jnp.zeros_like(special), y], 1)
+        there = here.any(-1)  # (B, T)
+        special = jnp.broadcast_to(special[:, None], (size, frames, *special.shape[1:]))
+        here = jnp.concatenate([jnp.broadcast_to(mask[:, None, : line.special], special.shape[:3]), here], 2)
+        y = jnp.concatenate([special, own], 2)  # (B, T, special + S, D)
+        y = attention(y.reshape(-1, *y.shape[2:]), Sight(None if sight.mask is None else here.reshape(-1, here.shape[2])))
+        y = y.reshape(size, frames, -1, width)
+        part = there[:, :, None, None].astype(y.dtype) / jnp.maximum(there.sum(1), 1)[:, None, None, None]
+        special, own = (y[:, :, : line.special] * part).sum(1), y[:, :, line.special :]
+        return jnp.concatenate([special.astype(y.dtype), own.reshape(size, -1, width)], 1)
 
     def drop(self, y: jax.Array, drop_path: jax.Array | float, name: str) -> jax.Array:
         """Dropout, then stochastic depth per example. Without a `dropout` key the branch passes unchanged."""

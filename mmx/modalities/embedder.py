@@ -16,10 +16,11 @@ from mmx.layers.positions import fourier, grid_coordinates, interleaved, resampl
 from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
-POSITIONS = ("learned", "sincos", "interleaved", "fourier", "none")
+POSITIONS = ("learned", "divided", "sincos", "interleaved", "fourier", "none")
 PLACE, COORDINATES, KEPT, HIDDEN, GROUP, SLOTS = "place", "coordinates", "kept", "hidden", "group", "slots"
 BESIDE = (PLACE, COORDINATES, KEPT, HIDDEN, GROUP, SLOTS)  # what any raw value may tell beside what is embedded
-RESERVED = ("token", "position", *BESIDE, "special", "mask_token", "norm", "patch", "linear", "pen")  # names of parameters
+PARTS = ("token", "position", "time_position", "special", "mask_token", "norm", "patch", "linear", "pen")  # parameters
+RESERVED = (*PARTS, *BESIDE)
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -41,9 +42,10 @@ class Embedder(nn.Module, kw_only=True):
 
     Args:
         width: size of a token, D; None: the model's.
-        position: learned; sincos (1D, 2D or 3D by the grid); interleaved (sines and cosines in turns, along the rows of
-            a grid: VideoMAE); fourier (Perceiver, one linear map behind); none. None: what is usual for the kind. Rotary and
-            relative positions belong to attention: `mmx.layers.BlockConfig`.
+        position: learned; divided (a learned one for each place of a frame and one for each frame: TimeSformer); sincos (1D,
+            2D or 3D by the grid); interleaved (sines and cosines in turns, along the rows of a grid: VideoMAE); fourier
+            (Perceiver, one linear map behind); none. None: what is usual for the kind. Rotary and relative positions belong
+            to attention: `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
             an integer array `(B, L)`, or `(B, L, n)` to add up n rows of one table (both ends of a box: LayoutLM). The name
             of a modality instead of a number: its table of that name is read (UNITER).
@@ -224,6 +226,11 @@ class Embedder(nn.Module, kw_only=True):
             features = fourier(grid_coordinates(grid), 16, self.grid)
             return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
         front = len(self.special) if self.special_position else 0
+        if position == "divided":
+            table = self.param("position", INITIAL, (front + int(np.prod(self.grid[1:])), self.width))
+            time = self.param("time_position", INITIAL, (self.grid[0], self.width))
+            frame = resample(table[front:], self.grid[1:], grid[1:])
+            return (resample(time, self.grid[:1], grid[:1])[:, None] + frame).reshape(-1, frame.shape[-1])
         table = self._position_table(front + int(np.prod(self.grid)))
         if place is not None:
             return table[place]

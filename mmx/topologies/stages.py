@@ -11,6 +11,7 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, make_norm, sublayer_names
+from mmx.layers.block import SUBLAYERS
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
 from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
 from mmx.types import Streams, Tokens
@@ -135,17 +136,24 @@ class Gather(Stage):
 
 
 class Norm(Stage):
-    """A LayerNorm for each stream that is named, `{stream: eps}`, behind what others have read before it (FLAVA)."""
+    """A norm: a LayerNorm for each stream that `eps` names (FLAVA), or one for all, of the block's kind and eps (MBT).
 
-    eps: Mapping[str, float]
+    Z_m = norm_m(Z_m)
+    """
+
+    eps: Mapping[str, float] | None = None
+    block: BlockConfig | None = None
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
-        def norm(name: str, tokens: Tokens) -> Tokens:
-            x = make_norm("layer", self.eps[name], tokens.values.dtype, f"{name}_norm")(tokens.values)
-            return dataclasses.replace(tokens, values=x)
-
-        return {name: norm(name, tokens) if name in self.eps else tokens for name, tokens in streams.items()}
+        dtypes = {name: tokens.values.dtype for name, tokens in streams.items()}
+        if self.eps is None:
+            block = given(self.block, self)
+            norms = dict.fromkeys(streams, make_norm(block.norm_kind, block.eps, block.dtype, "norm"))
+        else:
+            norms = {n: make_norm("layer", eps, dtypes[n], f"{n}_norm") for n, eps in self.eps.items() if n in streams}
+        new = {name: norm(streams[name].values) for name, norm in norms.items()}  # type: ignore[operator]
+        return {name: dataclasses.replace(t, values=new.get(name, t.values)) for name, t in streams.items()}
 
 
 class PerStream(Stage):
@@ -266,7 +274,7 @@ class Cross(Stage):
         if not active:
             return streams
         blocks = {name: given(self.block, self, name) for name in active}
-        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in ("self", "cross", "mlp")}
+        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in SUBLAYERS}
         self._check_share(blocks)
         width = {name: blocks[name].width if name in blocks else None for name in streams}
         streams = {name: fit(tokens, width[name] or tokens.values.shape[-1], name) for name, tokens in streams.items()}

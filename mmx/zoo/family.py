@@ -102,6 +102,7 @@ class Family:
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell; None: it reads none.
         length: `config -> longest text`.
+        infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
         older: patterns in the tensors' names -> what older files have in their place.
     """
 
@@ -117,6 +118,7 @@ class Family:
     generation: Generation | None = None
     texts: Texts | None = None
     length: Callable[[Any], int] | None = None
+    infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

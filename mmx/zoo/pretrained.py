@@ -209,6 +209,7 @@ def load_published(
     found = FAMILIES[name]
     config = parse(found.config, fields, str(folder / "config.json"))
     tensors = weight_files.Tensors(folder)
+    config = config if found.infer is None else found.infer(config, tensors.shapes)
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
     if heads is None:
         heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
