@@ -294,8 +294,8 @@ class TiedDecoder(nn.Module):
         read = []
         for modality in self.streams or (self.modality,):
             if (name := stream_of(streams, modality)) is not None:
-                first, length = len(streams[name].special), getattr(modalities[modality], "length", None)
-                last = None if length is None else first + length  # a fused stream may be longer than the text in it
+                first = len(streams[name].special)
+                last = first + ids.length if name == FUSED else None  # a fused stream may be longer than the text in it
                 read.append(streams[name].values[:, first:last])
         if not read:
             return None
@@ -304,4 +304,6 @@ class TiedDecoder(nn.Module):
         x = x if self.scale == 1 else x * self.scale
         if self.own:
             logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
+        else:
+            logits = ids.decode(x)
         return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits

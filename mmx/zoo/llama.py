@@ -86,7 +86,7 @@ def text_embedder(c: Any, scale: float = 1.0) -> Ids:
 
 def decoder(tied: bool) -> TiedDecoder:
     """The scores of the next word."""
-    return TiedDecoder("text", transform=False, bias=False, tied=tied)
+    return TiedDecoder("text", transform=False, bias=False, own=not tied)
 
 
 def text_table(model: str, stage: str) -> Table:

@@ -97,7 +97,7 @@ def _build(c: UniVLConfig, heads: Sequence[str], dtype: str) -> MultimodalTransf
     )
     outputs = {}
     if "captioning" in heads:
-        modalities["caption"] = Ids(*words, "text", width=writer.hidden_size, norm=EPS)
+        modalities["caption"] = Ids(*words, lender="text", width=writer.hidden_size, norm=EPS)
         block = {"caption": _block(writer, dtype)}
         stages += (Cross(writer.num_decoder_layers, block, "self cross mlp", {"caption": (FUSED,)}, ("caption",)),)
         outputs["captioning"] = TiedDecoder("caption", activation=activation(writer.hidden_act), norm=EPS)
