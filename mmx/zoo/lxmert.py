@@ -149,15 +149,19 @@ def _forward(run: Runner, c: LxmertConfig, inputs: Mapping[str, Any]) -> dict[st
     r = run({"text": bert.read_text(inputs), "image": image})
     heads: Any = r.out.logits
     words, relation, regions, answer = (heads.get(n) for n in ("masked-lm", "matching", "regions", "answering"))
+    tasks = {
+        "mlm": (c.task_mask_lm, words, "labels"),
+        "matched": (c.task_matched, relation, "matched_label"),
+        "obj": (c.task_obj_predict, regions, "obj_labels"),
+        "qa": (c.task_qa, answer, "ans"),
+    }
     losses = {}
-    if words is not None and c.task_mask_lm and "labels" in inputs:
-        losses["loss_mlm"] = bert.token_loss(words, inputs["labels"])
-    if relation is not None and c.task_matched and "matched_label" in inputs:
-        losses["loss_matched"] = bert.token_loss(relation, inputs["matched_label"])
-    if regions is not None and c.task_obj_predict and "obj_labels" in inputs:
-        losses["loss_obj"] = _region_loss(c, regions, inputs["obj_labels"])
-    if answer is not None and c.task_qa and "ans" in inputs:
-        losses["loss_qa"] = bert.token_loss(answer, inputs["ans"])
+    for name, (asked, scores, labels) in tasks.items():
+        if asked and scores is None:
+            continue  # these labels are no input of a model without the head; those of a task that is off are, and do nothing
+        if labels in inputs and asked:
+            loss = _region_loss(c, scores, inputs[labels]) if name == "obj" else bert.token_loss(scores, inputs[labels])
+            losses[f"loss_{name}"] = loss
     return {
         "loss": sum(losses.values()) if losses else None,
         **losses,
