@@ -644,6 +644,8 @@ def test_relative_positions_by_coordinates(rng):
     np.testing.assert_allclose(module.apply(params, where[0]), found[0], atol=1e-6)
     with pytest.raises(InputError, match="there are 2"):
         module.apply(params, where[..., :1])
+    with pytest.raises(InputError, match="at least 4 buckets"):
+        dataclasses.replace(BLOCK, relative_axes=((8, 2),))
     block = dataclasses.replace(BLOCK, relative_axes=((8, 16),))
     tokens, stage = Tokens(rng.standard_normal((3, 5, 8)).astype("f"), coordinates=where[..., :1]), PerStream(1, block)
     params = stage.init(jax.random.key(0), {"text": tokens})

@@ -119,6 +119,10 @@ class BlockConfig:
             )
         if isinstance(self.relative, tuple) and (len(self.relative) != 2 or min(self.relative) < 1):
             raise InputError(f"block: relative={self.relative}; a grid is (rows, columns)")
+        if any(buckets < 4 or furthest <= buckets // 4 for buckets, furthest in self.relative_axes):
+            raise InputError(
+                f"block: relative_axes={self.relative_axes}; an axis has at least 4 buckets, and a distance above their fourth"
+            )
         if self.rotary is not None and self.rotary <= 0:
             raise InputError(f"block: rotary={self.rotary}; the base is positive, None is for no rotary positions")
         if self.heads % (self.kv_heads or self.heads):

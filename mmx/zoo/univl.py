@@ -146,7 +146,7 @@ def _forward(run: Runner, c: UniVLConfig, inputs: Mapping[str, Any]) -> dict[str
     return {
         **{f"{name}_output": r.out.streams[stream].values for stream, name in names.items() if stream in r.out.streams},
         **{f"{name}_pooled": r.out.pooled[stream] for stream, name in names.items() if stream in r.out.streams},
-        "decoder_scores": r.out.logits.get("captioning"),
+        "decoder_scores": r.out.logits.get("captioning") if "caption" in batch else None,
     }
 
 
