@@ -124,11 +124,11 @@ def test_streams_may_be_pooled_before_the_last_stage(inputs):
     """Two towers meet in the shared space, and then in the stages behind; heads read the end."""
     towers, both = mmx.topologies.PerStream(1), mmx.topologies.Joint(1)
     heads = {"all": mmx.heads.TokenScores(5), "some": mmx.heads.TokenScores(5, ("text",), bias=False)}
-    model = build((towers, both), pool_after=1, outputs=heads)
+    model = mmx.build_model(modalities(), (towers, both), width=16, heads=2, pool_after=1, outputs=heads)
     variables = init(model)
     out = model.apply(variables, inputs)
     params = {n: p for n, p in variables["params"].items() if not n.startswith(("stages_1", "heads"))}
-    alone = build((towers,)).apply({"params": params}, inputs)
+    alone = mmx.build_model(modalities(), (towers,), width=16, heads=2).apply({"params": params}, inputs)
     for name in out.embeddings:
         np.testing.assert_array_equal(out.pooled[name], alone.pooled[name])
         np.testing.assert_array_equal(out.embeddings[name], alone.embeddings[name])
