@@ -175,8 +175,7 @@ class Block(nn.Module):
                 return each_part(x, norms, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"{name}_norm{end}"))
 
             source = context if kind in ("cross", "both") else None
-            together = source is not None and (kind == "both" or c.context_norm == "shared")
-            if together:
+            if source is not None and (kind == "both" or c.context_norm == "shared"):
                 source = jnp.concatenate([x, source], 1)
                 source = norm(source) if c.norm == "pre" else source
                 y, source = source[:, : x.shape[1]], source if kind == "both" else source[:, x.shape[1] :]
@@ -209,7 +208,7 @@ class Block(nn.Module):
                     y = self._along(kind, name, attention, y, sight)
                 elif kind == "self" or (kind == "both" and source is None):
                     y = attention(y, sight)
-                elif kind == "both":
+                elif kind == "both" and source is not None:
                     y = attention(y, _both(sight, x.shape[:2], context_mask, source.shape[:2]), source)
                 elif source is None:
                     y = jnp.zeros_like(x)

@@ -19,18 +19,7 @@ from mmx.types import Tokens
 POSITIONS = ("learned", "divided", "sincos", "interleaved", "fourier", "none")
 PLACE, KEPT, HIDDEN = "place", "kept", "hidden"
 BESIDE = (PLACE, KEPT, HIDDEN)  # what the raw value of any embedder may tell beside what is embedded
-RESERVED = (
-    "token",
-    "position",
-    *BESIDE,
-    "special",
-    "mask_token",
-    "time_position",
-    "norm",
-    "patch",
-    "linear",
-    "pen",
-)  # names of parameters
+RESERVED = ("token", "position", "time_position", *BESIDE, "special", "mask_token", "norm", "patch", "linear", "pen")
 INITIAL = nn.initializers.normal(0.02)
 
 
@@ -48,9 +37,10 @@ class Embedder(nn.Module, kw_only=True):
 
     Args:
         width: size of a token, D; None: the model's.
-        position: learned; divided (one table for the places of a frame, one for time: TimeSformer); sincos (1D, 2D or 3D by the grid); interleaved (sines and cosines in turns, along the rows of
-            a grid: VideoMAE); fourier (Perceiver, one linear map behind); none. None: what is usual for the kind. Rotary and
-            relative positions belong to attention: `mmx.layers.BlockConfig`.
+        position: learned; divided (one table for the places of a frame, one for time: TimeSformer); sincos (1D, 2D or 3D by
+            the grid); interleaved (sines and cosines in turns, along the rows of a grid: VideoMAE); fourier (Perceiver, one
+            linear map behind); none. None: what is usual for the kind. Rotary and relative positions belong to attention:
+            `mmx.layers.BlockConfig`.
         tables: further ids by token, `{name: how many}`: segment, row, column, rank, the corners of a layout box. Each is
             an integer array `(B, L)`.
         vectors: further numbers by token, `{name: how many}`: a box, a time, a pose. Each is an array `(B, L, size)`,

@@ -1,4 +1,4 @@
-"""The four stages that the six topologies are made of; `mmx.topologies.latents` adds two that exchange through learned tokens."""
+"""The stages that the six topologies are made of; `mmx.topologies.latents` adds two that exchange through learned tokens."""
 
 import dataclasses
 from collections.abc import Mapping
