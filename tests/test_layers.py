@@ -111,18 +111,6 @@ def test_cross_attention_to_nothing_may_be_left_out(rng):
     np.testing.assert_allclose(found, np.stack([alone[0], whole[1]]), atol=1e-6)
 
 
-def test_what_is_read_may_have_a_norm_of_its_own(rng):
-    x, context = rng.standard_normal((2, 2, 4, 8)).astype(np.float32)
-    plain, normed = (Block(dataclasses.replace(SMALL, context_norm=on), "cross mlp") for on in (False, True))
-    params = normed.init(jax.random.key(0), x, context=context)["params"]
-    params = jax.tree.map(lambda p: np.asarray(p + 0.1 * rng.standard_normal(p.shape)), params)
-    read = (context - context.mean(-1, keepdims=True)) / np.sqrt(context.var(-1, keepdims=True) + SMALL.eps)
-    own = params.pop("cross_context_norm")
-    expected = plain.apply({"params": params}, x, context=read * own["scale"] + own["bias"])
-    found = normed.apply({"params": params | {"cross_context_norm": own}}, x, context=context)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_words_make_the_sublayers(rng):
     x = rng.standard_normal((1, 3, 8)).astype(np.float32)
     params = Block(SMALL, "cross mlp self mlp").init(jax.random.key(0), x, context=x)["params"]
