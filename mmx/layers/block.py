@@ -226,9 +226,6 @@ class Block(nn.Module):
                 elif source is None:
                     y = jnp.zeros_like(x) if kind == "cross" else attention(y, sight)
                 elif kind == "both":
-                elif kind == "self" or (kind == "both" and source is None):
-                    y = attention(y, sight)
-                elif kind == "both" and source is not None:
                     y = attention(y, _both(sight, x.shape[:2], context_mask, source.shape[:2]), source)
                 else:
                     y = attention(y, Sight(context_mask), source)
