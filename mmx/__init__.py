@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, profile, topologies, train, zoo
+    from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train, zoo
     from mmx.flops import count_flops
     from mmx.generate import greedy
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
     from mmx.pretrained import load_pretrained
+    from mmx.profiling import profile
     from mmx.train.experiment import Experiment
     from mmx.types import Masked, Outputs, Tokens
     from mmx.zoo import Pretrained, create_model, list_models, save_pretrained
@@ -31,7 +32,6 @@ _MODULES = (
     "modalities",
     "objectives",
     "parallel",
-    "profile",
     "topologies",
     "train",
     "zoo",
@@ -51,6 +51,7 @@ _NAMES = {
     "create_model": "mmx.zoo",
     "list_models": "mmx.zoo",
     "load_pretrained": "mmx.pretrained",
+    "profile": "mmx.profiling",
     "save_pretrained": "mmx.zoo",
 }
 __all__ = [

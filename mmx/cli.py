@@ -71,7 +71,7 @@ def _list(arguments: Sequence[str]) -> None:
 
 def _profile(arguments: Sequence[str]) -> None:
     from mmx.errors import InputError
-    from mmx.profile import profile, table
+    from mmx.profiling import profile, table
 
     if set(arguments) & {"-h", "--help"}:
         print(COMMANDS["profile"])

@@ -4,7 +4,7 @@ import pytest
 
 import mmx
 from mmx.modalities import Ids, Patches
-from mmx.profile import COLUMNS, owner_of, profile, table
+from mmx.profiling import COLUMNS, owner_of, profile, table
 
 OPEN_CLIP = {  # open_clip's docs/model_profile.csv: mparams, image, text; gflops, image, text
     "ViT-S-32": (63.09, 22.64, 40.44, 5.66, 2.29, 3.38),

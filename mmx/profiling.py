@@ -1,6 +1,6 @@
 """What a model holds and what a forward pass of it costs, found from shapes alone: nothing is computed, no weights are made.
 
-    print(mmx.profile.profile("ViT-B-32"))
+    print(mmx.profile("ViT-B-32"))
 
 The columns are those of open_clip's `docs/model_profile.csv`, and so is the rule; where it lists a model, the numbers agree.
 """
