@@ -15,6 +15,7 @@ from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
 from mmx.topologies.early_summation import early_summation
+from mmx.topologies.gather import Gather, Norm
 from mmx.topologies.insert import Insert
 from mmx.topologies.latent import latent
 from mmx.topologies.latents import Bottleneck, Latent
@@ -22,7 +23,7 @@ from mmx.topologies.multi_to_one import multi_to_one
 from mmx.topologies.one_to_multi import one_to_multi
 from mmx.topologies.pool import Pool
 from mmx.topologies.stage import Stage
-from mmx.topologies.stages import FUSED, Cross, Gather, Joint, Norm, PerStream, Sum
+from mmx.topologies.stages import FUSED, Cross, Joint, PerStream, Sum
 
 TOPOLOGIES: dict[str, Callable[..., tuple[Stage, ...]]] = {
     f.__name__: f
