@@ -395,7 +395,10 @@ def test_a_raw_value_may_say_where_its_tokens_stand():
 
 
 def test_a_text_may_have_the_embeddings_of_another():
-    texts, head = {"text": Ids(9, 4), "caption": Ids(9, 4, "text")}, mmx.heads.TiedDecoder("caption", transform=False, bias=False)
+    texts, head = (
+        {"text": Ids(9, 4), "caption": Ids(9, 4, lender="text")},
+        mmx.heads.TiedDecoder("caption", transform=False, bias=False),
+    )
     model = mmx.build_model(texts, (mmx.topologies.PerStream(0),), width=8, outputs={"captioning": head}, embed=0)
     ids = np.asarray([[1, 5, 2]])
     params = model.init(jax.random.key(0), {"text": ids, "caption": ids})
@@ -405,8 +408,8 @@ def test_a_text_may_have_the_embeddings_of_another():
     alone = model.apply(params, {"caption": ids})
     table = params["params"]["modalities_text"]["token"]["embedding"]
     np.testing.assert_allclose(alone.logits["captioning"], out.streams["text"].values @ table.T, atol=1e-5)
-    with pytest.raises(InputError, match="no modality 'nobody' before it"):
-        Ids(9, 4, "nobody", width=8).init(jax.random.key(0), ids)
+    with pytest.raises(InputError, match="modality 'nobody' has no 'token' to lend"):
+        Ids(9, 4, lender="nobody", width=8).init(jax.random.key(0), ids)
 
 
 def test_the_type_stands_before_the_norm_or_behind_it(rng):
@@ -537,7 +540,7 @@ def test_wav2vec_has_a_token_for_20_ms():
         (Ids(9, 4, position="learnt"), np.zeros((2, 4), int), "did you mean 'learned'"),
         (Features(5, 4), np.zeros((2, 4, 6)), r"shape \(B, L <= 4, 5\), got \(2, 4, 6\)"),
         (Features(5, 4), np.zeros((2, 5, 5)), "L <= 4"),
-        (Features(5, 4, linear=False), np.zeros((2, 4, 5)), "size=5 is not width=8"),
+        (Features(5, 4, linear=False), np.zeros((2, 4, 5)), "features of size 5 are not tokens of width 8"),
         (Waveform(100, ((10, 10),)), np.zeros((2, 101)), "S <= 100"),
         (Waveform(100, ((10, 10),)), np.zeros((2, 100), int), "floating-point"),
         (Waveform(5, ((10, 10),)), np.zeros((2, 5)), "shorter than one token"),

@@ -683,7 +683,7 @@ def test_gathering_is_the_formula(rng):
 
 def test_one_norm_for_all_streams(rng):
     streams = make_streams(rng, (3, 4))
-    stage = Norm(BLOCK)
+    stage = Norm(block=BLOCK)
     params = {"norm": {"scale": rng.standard_normal(8).astype("f"), "bias": rng.standard_normal(8).astype("f")}}
     for name, tokens in stage.apply({"params": params}, streams).items():
         x = streams[name].values

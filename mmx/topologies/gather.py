@@ -94,5 +94,5 @@ class Norm(Stage):
             norms = dict.fromkeys(streams, make_norm(block.norm_kind, block.eps, block.dtype, "norm"))
         else:
             norms = {n: make_norm("layer", eps, dtypes[n], f"{n}_norm") for n, eps in self.eps.items() if n in streams}
-        new = {name: norm(streams[name].values) for name, norm in norms.items()}  # type: ignore[operator]
-        return {name: dataclasses.replace(t, values=new.get(name, t.values)) for name, t in streams.items()}
+        new = {n: dataclasses.replace(streams[n], values=norm(streams[n].values)) for n, norm in norms.items()}  # type: ignore
+        return streams | new
