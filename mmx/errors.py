@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+MANY = 40  # names that are still listed one by one
+
 
 class InputError(ValueError):
     """What was given cannot be used as it is. The message names the field, what was expected, what came, what to do.
@@ -14,10 +16,12 @@ class InputError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """Returns `unknown topology 'x'; did you mean 'y'? Known: ...`."""
+    """Returns `unknown topology 'x'; did you mean 'y'? Known: ...`; of a long list, those that are nearest."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
+    if len(known) > MANY:
+        known = [*difflib.get_close_matches(str(name), known, n=8, cutoff=0.3), f"and others, {len(known)} in all"]
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"
 
 

@@ -222,6 +222,12 @@ def test_names():
     assert set(mmx.list_models(["gpt2", "bert-base-*"])) >= {"gpt2", "bert-base-uncased"}
     with pytest.raises(InputError, match="did you mean 'bert-base-uncased'"):
         mmx.create_model("bert-base-uncasd")
+    with pytest.raises(InputError) as error:
+        mmx.create_model("whisper-tinny")
+    assert "did you mean 'whisper-tiny'" in str(error.value) and f"{len(NAMES)} in all" in str(error.value)
+    assert len(str(error.value)) < 400
+    with pytest.raises(InputError, match=r"pixel_values: expected images \(B, C, H, W\)"):
+        mmx.load_pretrained(VIT)(pixel_values=[[1.0]])
     with pytest.raises(InputError, match="unknown field 'num_layers'"):
         mmx.create_model("bert-base-uncased", num_layers=3)
     with pytest.raises(InputError, match="unknown field 'image_sise'; did you mean 'image_size'"):

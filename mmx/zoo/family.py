@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmx.errors import InputError
 from mmx.model import MultimodalTransformer
 from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
@@ -140,6 +141,8 @@ def channels_last(pixels: Any, patch: int = 1) -> Any:
 
     Where `patch` does not divide an image, what is left of it below and on the right falls away, as under a convolution.
     """
+    if pixels.ndim not in (4, 5):
+        raise InputError(f"pixel_values: expected images (B, C, H, W) or videos (B, T, C, H, W), got {pixels.shape}")
     height, width = (size // patch * patch for size in pixels.shape[-2:])
     return jnp.moveaxis(pixels[..., :height, :width], -3, -1)
 
