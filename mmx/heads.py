@@ -45,7 +45,7 @@ def transform(x: jax.Array, size: int | None, activation: str | None, norm: floa
 
 
 class Projection(nn.Module):
-    """Into the shared space: `(B, D) -> (B, E)`, unit length, float32. An absent modality gives zeros.
+    """Into the shared space: `(B, D) -> (B, E)`, unit length, float32. Zeros stay zeros, if there is no bias.
 
     Without a size the vector is taken as it is (SigLIP).
     """

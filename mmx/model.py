@@ -71,10 +71,7 @@ class MultimodalTransformer(nn.Module):
         whole = streams
         for stage in () if self.pool_after is None else chosen[self.pool_after :]:
             streams = stage(streams)  # type: ignore[operator]
-        pooled = {
-            name: self.poolers[name](tokens, batch.get(name)) if name in self.poolers else mean_pool(tokens)  # type: ignore[operator]
-            for name, tokens in whole.items()
-        }
+        pooled = {name: self._pool(name, tokens, batch) for name, tokens in whole.items()}
         answers = {name: head(streams, pooled, self.modalities) for name, head in self.heads.items()}  # type: ignore[operator]
         logits = {name: value for name, value in answers.items() if value is not None}
         if self.embed is None:
@@ -83,13 +80,19 @@ class MultimodalTransformer(nn.Module):
         for name in self.modalities:
             if name in batch:
                 projection: Any = self.projections.get(name) or Projection(self.embed, dtype=self.dtype, name=f"embed_{name}")
-                embeddings[name] = projection(pooled[stream_of(whole, name) or name])
+                stream = stream_of(whole, name) or name
+                embeddings[name] = _of_present(projection(pooled[stream]), whole[stream])
         scale = None
         if self.logit_scale is not None:
             scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale)), ())
             scale = jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE)
         bias = None if self.logit_bias is None else self.param("logit_bias", nn.initializers.constant(self.logit_bias), ())
         return Outputs(streams, pooled, embeddings, logits, scale, bias)
+
+    def _pool(self, name: str, tokens: Tokens, batch: Batch) -> jax.Array:
+        if name not in self.poolers:
+            return mean_pool(tokens)
+        return _of_present(self.poolers[name](tokens, batch.get(name)), tokens)  # type: ignore[operator]
 
     def __hash__(self) -> int:
         """By identity, so that a model can be a static argument of jit; its fields hold dicts."""
@@ -105,6 +108,11 @@ class MultimodalTransformer(nn.Module):
                 raise InputError(f"modality {name!r} cannot be read causally: a token of {kind} hears of later ones")
         if not batch:
             raise InputError(f"the batch is empty; it needs at least one of {', '.join(self.modalities)}")
+
+
+def _of_present(vectors: jax.Array, tokens: Tokens) -> jax.Array:
+    """Vectors `(B, D)` of the examples that have any of these tokens, zeros for the others: no bias speaks for what is absent."""
+    return vectors if tokens.mask is None else jnp.where(tokens.present[:, None], vectors, 0)
 
 
 def embed(embedder: Any, raw: Any) -> Tokens:

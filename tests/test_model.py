@@ -281,3 +281,25 @@ def test_a_mean_of_streams_may_count_their_tokens(rng):
     logits, variables = head.init_with_output(jax.random.key(0), streams, pooled, {})
     means = [np.concatenate([streams["image"].values[0, :3], np.ones((2, 8))]).mean(0), np.ones(8)]
     np.testing.assert_allclose(logits, np.stack(means) @ variables["params"]["classifier"]["kernel"], atol=1e-5)
+
+
+def test_what_is_absent_has_no_vector_whatever_pools_it(rng):
+    """Poolers, dense layers with biases and projections with biases: an example without an image has zeros, and no gradient."""
+    image = rng.integers(0, 255, (3, 8, 8, 3), np.uint8)
+    model = mmx.build_model(
+        {"image": Patches((8, 8), (4, 4)), "text": Ids(9, 4)},
+        "multi_to_one",
+        width=8,
+        depth=2,
+        heads=2,
+        poolers={"image": Pooler("first", norm=1e-6, size=8, activation="tanh")},
+        projections={"image": mmx.heads.Projection(5, bias=True)},
+    )
+    batch = {"image": mmx.Masked(image, np.asarray([True, False, True])), "text": rng.integers(0, 9, (3, 4))}
+    params = jax.tree.map(lambda p: p + 0.5, init(model)["params"])
+    out = model.apply({"params": params}, batch)
+    for vectors in (out.pooled["image"], out.embeddings["image"]):
+        assert not np.asarray(vectors[1]).any() and np.abs(vectors[jnp.asarray([0, 2])]).min(0).max() > 0
+    alone = jax.tree.map(lambda x: x[1:2], batch)
+    gradient = jax.grad(lambda p: model.apply({"params": p}, alone).embeddings["image"].sum())(params)
+    assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradient))

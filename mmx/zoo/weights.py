@@ -43,7 +43,6 @@ class Layout:
         transposed: whether a dense weight is (out, in); False: (in, out), as GPT-2's Conv1D and bare matrices are.
         shape: of a tensor that has other dimensions than ours, such as (1, 1, D); None: ours.
         row: which row of our leaf it is, where our rows are published as tensors of their own (special tokens).
-        add: what is added to a published number to get ours (Gemma's norms hold scale - 1).
     """
 
     paths: tuple[str, ...]
@@ -51,7 +50,6 @@ class Layout:
     transposed: bool = True
     shape: tuple[int, ...] | None = None
     row: int | None = None
-    add: float = 0.0
 
 
 def fused(*paths: str) -> Layout:
@@ -140,7 +138,7 @@ class Weight:
         """The published tensor, or what it is fused of, as our leaf: float32."""
         if self.whole is not None:
             array = array.take(range(self.start, self.start + self.part_shape[self.axis]), self.axis)
-        array = array.astype(np.float32) + self.layout.add if self.layout.add else array.astype(np.float32)
+        array = array.astype(np.float32)
         if self.matrix and self.layout.window:
             array = np.moveaxis(array, (0, 1), (-1, -2))
         elif self.matrix and self.layout.transposed:
@@ -154,7 +152,7 @@ class Weight:
             array = np.moveaxis(array.reshape(*self.layout.window, inputs, outputs), (-1, -2), (0, 1))
         elif self.matrix and self.layout.transposed:
             array = array.reshape(self.matrix).T
-        return np.asarray(array.reshape(self.part_shape) - self.layout.add, order="C")
+        return np.asarray(array.reshape(self.part_shape), order="C")
 
 
 def resolve(table: Table, params: Any) -> list[Weight]:
