@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 import mmx
 from mmx.errors import InputError
-from mmx.layers import AttentionPool, Block, BlockConfig, Line
+from mmx.layers import AttentionPool, Axes, Block, BlockConfig, Buckets, Grid, Line, Sight
 from mmx.layers.positions import distance_buckets
-from mmx.layers.stack import AxesBias, RelativeBias
 from mmx.topologies import (
     BEYOND,
     TOPOLOGIES,
@@ -341,7 +340,7 @@ def test_cross_may_read_the_original_tokens(rng):
         np.testing.assert_allclose(outs[True]["image"].values[example], reference.norm(x, params["image_norm"]), atol=2e-4)
 
 
-@pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": 8}])
+@pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": Buckets(8)}])
 @pytest.mark.parametrize(
     "stage",
     [Joint(2), PerStream(2), Cross(2), Bottleneck(2), Cross(2, share=("cross", "self", "mlp"))],
@@ -622,34 +621,35 @@ def test_attention_projections_for_each_modality(rng):
 
 def test_relative_positions_of_the_past(rng):
     """T5's decoder: a number for each distance behind, and that of no distance for what is to come."""
-    bias, table = RelativeBias(8, 2, furthest=10, past=True), rng.standard_normal((8, 2)).astype("f")
-    found = bias.apply({"params": {"bias": table}}, (Line(4),))
+    bias, table = Buckets(8, furthest=10, past=True).bias(2, 1.0, None), rng.standard_normal((8, 2)).astype("f")
+    found = bias.apply({"params": {"bias": table}}, Sight(lines=(Line(4),)))
     for i in range(4):
         for j in range(4):
             np.testing.assert_array_equal(found[:, i, j], table[max(i - j, 0)])
 
 
 def test_relative_positions_by_coordinates(rng):
-    module, where = AxesBias(((8, 16), (10, 64)), heads=2, scale=0.5), rng.integers(0, 90, (3, 5, 2)).astype("f")
-    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), where))
-    found, tables = np.asarray(module.apply(params, where)), params["params"]
+    axes, where = ((8, 16), (10, 64)), rng.integers(0, 90, (3, 5, 2)).astype("f")
+    module, sight = Axes(axes).bias(2, 0.5, None), Sight(coordinates=where)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), sight))
+    found, tables = np.asarray(module.apply(params, sight)), params["params"]
     assert found.shape == (3, 2, 5, 5)
     for example, head, row, column in np.ndindex(found.shape):
         expected = 0.0
-        for axis, (buckets, furthest) in enumerate(module.axes):
+        for axis, (buckets, furthest) in enumerate(axes):
             away = where[example, column, axis] - where[example, row, axis]
             bucket = distance_buckets(away.astype(int), buckets, furthest)
             expected += 0.5 * tables[f"bias_{axis}"][head, bucket]
         np.testing.assert_allclose(found[example, head, row, column], expected, atol=1e-6)
-    np.testing.assert_allclose(module.apply(params, where[0]), found[0], atol=1e-6)
-    with pytest.raises(InputError, match="there are 2"):
-        module.apply(params, where[..., :1])
+    np.testing.assert_allclose(module.apply(params, Sight(coordinates=where[0])), found[0], atol=1e-6)
+    with pytest.raises(InputError, match="2 axes"):
+        module.apply(params, Sight(coordinates=where[..., :1]))
     with pytest.raises(InputError, match="at least 4 buckets"):
-        dataclasses.replace(BLOCK, relative_axes=((8, 2),))
-    block = dataclasses.replace(BLOCK, relative_axes=((8, 16),))
+        Axes(((8, 2),))
+    block = dataclasses.replace(BLOCK, relative=Axes(((8, 16),)))
     tokens, stage = Tokens(rng.standard_normal((3, 5, 8)).astype("f"), coordinates=where[..., :1]), PerStream(1, block)
     params = stage.init(jax.random.key(0), {"text": tokens})
-    assert params["params"]["text"]["relative_axes"]["bias_0"].shape == (2, 8)
+    assert params["params"]["text"]["relative"]["bias_0"].shape == (2, 8)
     a, b = (stage.apply(params, {"text": dataclasses.replace(tokens, coordinates=w)}) for w in (where[..., :1], where[..., 1:]))
     assert np.abs(a["text"].values - b["text"].values).max() > 1e-6
 
@@ -717,8 +717,8 @@ def test_latent_tokens_leave_and_answer_at_learned_places(rng):
 def test_every_layer_may_have_relative_positions_of_its_own(stage, rng):
     """With equal tables in all layers it is one table for all, and not with others."""
     streams = {name: Tokens(rng.standard_normal((2, 4, 8)).astype("f")) for name in ("image", "text")}
-    shared = stage.clone(block=dataclasses.replace(BLOCK, relative=8))
-    each = stage.clone(block=dataclasses.replace(BLOCK, relative=8, relative_each=True))
+    shared = stage.clone(block=dataclasses.replace(BLOCK, relative=Buckets(8)))
+    each = stage.clone(block=dataclasses.replace(BLOCK, relative=Buckets(8, each=True)))
     params, own = (flat(s.init(jax.random.key(0), streams)["params"]) for s in (shared, each))
     of = {path.replace("layers/", ""): leaf for path, leaf in params.items()}
     assert set(own) != set(params)
@@ -744,32 +744,32 @@ def test_a_norm_for_each_stream_that_is_named(rng):
 def test_relative_positions_on_a_grid(rng):
     """BEiT's table: by rows and columns between two patches, and three numbers for the class token."""
     grid = (2, 3)
-    bias, table = RelativeBias(grid, 2), rng.standard_normal((3 * 5 + 3, 2)).astype("f")
-    found = bias.apply({"params": {"bias": table}}, (Line(7, 1, grid),))
+    bias, table = Grid(*grid).bias(2, 1.0, None), rng.standard_normal((3 * 5 + 3, 2)).astype("f")
+    found = bias.apply({"params": {"bias": table}}, Sight(lines=(Line(7, 1, grid),)))
     where = np.stack(np.divmod(np.arange(6), 3), -1)
     for i in range(7):
         for j in range(7):
             row, column = (where[i - 1] - where[j - 1]) if i and j else (0, 0)
             index = (row + 1) * 5 + column + 2 if i and j else 15 + (2 if i == j else 0 if i == 0 else 1)
             np.testing.assert_array_equal(found[:, i, j], table[index])
-    larger = bias.apply({"params": {"bias": table}}, (Line(20, 0, (4, 5)),))
+    larger = bias.apply({"params": {"bias": table}}, Sight(lines=(Line(20, 0, (4, 5)),)))
     assert larger.shape == (2, 20, 20) and len(np.unique(np.asarray(larger[0]).round(6))) == 7 * 9
     lines = (Line(6, 0, grid), Line(2))
-    params = bias.init(jax.random.key(0), lines)["params"]
-    both = bias.apply({"params": params}, lines)
-    np.testing.assert_array_equal(both[:, :6, :6], bias.apply({"params": params}, lines[:1]))
+    params = bias.init(jax.random.key(0), Sight(lines=lines))["params"]
+    both = bias.apply({"params": params}, Sight(lines=lines))
+    np.testing.assert_array_equal(both[:, :6, :6], bias.apply({"params": params}, Sight(lines=lines[:1])))
     np.testing.assert_array_equal(both[:, :6, 6:], np.broadcast_to(params["between_bias"][:, None, None], (2, 6, 2)))
     model = mmx.build_model(
         {"image": mmx.modalities.Patches((8, 12), (4, 4), special=("class",)), "text": mmx.modalities.Ids(9, 4)},
         (PerStream(1),),
         width=8,
         heads=2,
-        relative=grid,
+        relative=Grid(*grid),
     )
     params = model.init(jax.random.key(0), mmx.example_batch(model))["params"]
     assert params["stages_0"]["image"]["relative"]["bias"].shape == (18, 2)
-    with pytest.raises(InputError, match="a grid is"):
-        dataclasses.replace(BLOCK, relative=(0, 2))
+    with pytest.raises(InputError, match="at least one row"):
+        Grid(0, 2)
 
 
 def test_places_may_continue_from_stream_to_stream(rng):
@@ -932,8 +932,11 @@ def test_wrong_topologies_are_refused():
     own = mmx.build_model(modalities, (PerStream(1, BLOCK),), width=8, heads=2, dtype="bfloat16")
     out = jax.eval_shape(lambda: own.init_with_output(jax.random.key(0), mmx.example_batch(own))[0])
     assert out.streams["text"].values.dtype == jnp.bfloat16
-    for wrong in ({"relative": 512}, {"relative": 3}, {"rotary": -1.0}):
+    for wrong in ({"relative": 512}, {"rotary": -1.0}):
         with pytest.raises(InputError, match="block: r"):
             dataclasses.replace(BLOCK, **wrong)
+    for count in (512, 3):
+        with pytest.raises(InputError, match=f"count={count}"):
+            Buckets(count)
     with pytest.raises(InputError, match="no block"):
         Joint(1).init(jax.random.key(0), {"image": Tokens(np.zeros((1, 2, 8), "f"))})

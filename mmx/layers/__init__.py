@@ -6,6 +6,7 @@ from mmx.layers.masks import visibility
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import make_norm
 from mmx.layers.pooling import AttentionPool
+from mmx.layers.relative import Axes, Buckets, Grid
 from mmx.layers.stack import Stack
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "PROJECTIONS",
     "Attention",
     "AttentionPool",
+    "Axes",
     "Block",
     "BlockConfig",
+    "Buckets",
+    "Grid",
     "Line",
     "Sight",
     "Stack",

@@ -12,6 +12,7 @@ within each time, where special tokens read every frame and keep the mean.
 """
 
 import dataclasses
+from types import NoneType
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from mmx.errors import InputError, at_least, unknown
 from mmx.layers.attention import PROJECTIONS, Attention, Line, Sight, each_part
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
+from mmx.layers.relative import Relative
 from mmx.parallel import constrain
 
 DTYPES = ("float32", "bfloat16")
@@ -69,19 +71,8 @@ class BlockConfig:
     """Factor of the attention scores. None: 1 / sqrt(head size); T5: 1."""
     rotary: float | None = None
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
-    relative: int | tuple[int, int] | None = None
-    """Relative positions, one table for a stack: the number of T5's buckets, or the grid (rows, columns) of BEiT; None: none."""
-    relative_furthest: int = 128
-    """The distance from which on the last of T5's buckets holds all."""
-    relative_past: bool = False
-    """Whether T5's buckets are all for the past (its decoder), and not half of them for each direction."""
-    relative_axes: tuple[tuple[int, int], ...] = ()
-    """Relative positions by what tokens' coordinates differ in: for each axis (buckets, the furthest distance that is told from
-    others), one table each for a stack; their sum is scaled as scores are (LayoutLMv3: place, x, y)."""
-    relative_each: bool = False
-    """Whether every layer has a table of its own (BEiT)."""
-    relative_linear: bool = False
-    """Whether a grid's table is read linearly at another resolution (BEiT), and not cubic and smoothed."""
+    relative: Relative | None = None
+    """Relative positions: `Buckets` (T5), `Grid` (BEiT), `Axes` (LayoutLMv3), or None."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
     layer_scale: float | None = None
@@ -111,18 +102,8 @@ class BlockConfig:
             raise InputError(f"block: dropout={self.dropout}, drop_path={self.drop_path}; rates are less than 1")
         if self.head_size is None and self.width % self.heads:
             raise InputError(f"block: width={self.width} is not a multiple of heads={self.heads}; set head_size, or change one")
-        exact = self.relative // (2 if self.relative_past else 4) if isinstance(self.relative, int) else 1
-        if not 1 <= exact < self.relative_furthest:
-            raise InputError(
-                f"block: relative={self.relative}; {exact} of them hold one distance each, which has to be "
-                f"at least 1 and less than relative_furthest={self.relative_furthest}"
-            )
-        if isinstance(self.relative, tuple) and (len(self.relative) != 2 or min(self.relative) < 1):
-            raise InputError(f"block: relative={self.relative}; a grid is (rows, columns)")
-        if any(buckets < 4 or furthest <= buckets // 4 for buckets, furthest in self.relative_axes):
-            raise InputError(
-                f"block: relative_axes={self.relative_axes}; an axis has at least 4 buckets, and a distance above their fourth"
-            )
+        if not isinstance(self.relative, (Relative, NoneType)):
+            raise InputError(f"block: relative={self.relative!r}; expected mmx.layers.Buckets, Grid, Axes or None")
         if self.rotary is not None and self.rotary <= 0:
             raise InputError(f"block: rotary={self.rotary}; the base is positive, None is for no rotary positions")
         if self.heads % (self.kv_heads or self.heads):

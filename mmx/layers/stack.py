@@ -1,19 +1,16 @@
 """A stack of equal layers: scanned, so that compile time does not grow with depth, and rematerialised on request."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mmx.errors import InputError
 from mmx.layers.attention import Line, Sight, each_part
 from mmx.layers.block import Block, BlockConfig
 from mmx.layers.norms import make_norm
-from mmx.layers.positions import distance_buckets, grid_coordinates, resample
 
 POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
@@ -102,95 +99,13 @@ class Stack(nn.Module):
 
 
 def relative_positions(config: BlockConfig, name: str = "relative", each: bool = False) -> Callable[[Sight], Sight]:
-    """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as its submodules.
+    """Returns what adds the bias of relative positions to a Sight, if the configuration wants one, as a submodule.
 
     It is asked for once before the layers, and in each of them with `each`.
     """
     c = config
-    if not (c.relative or c.relative_axes) or c.relative_each != each:
+    if c.relative is None or c.relative.each != each:
         return lambda sight: sight
-    by_line = by_axes = None
-    if c.relative:
-        by_line = RelativeBias(c.relative, c.heads, c.relative_furthest, c.relative_past, c.relative_linear, name=name)
-    if c.relative_axes:
-        scale = (c.head_size or c.width // c.heads) ** -0.5 if c.scale is None else c.scale
-        by_axes = AxesBias(c.relative_axes, c.heads, scale, name=f"{name}_axes")
-
-    def add(sight: Sight) -> Sight:
-        biases = [by_line(sight.lines)] if by_line else []
-        biases += [by_axes(sight.coordinates)] if by_axes else []
-        return dataclasses.replace(sight, bias=sum(biases))
-
-    return add
-
-
-class AxesBias(nn.Module):
-    """A number for each head by how far apart two tokens are on every axis of their coordinates `(B, L, A)`: `(B, H, L, L)`.
-
-    The distances of an axis lie in T5's buckets, and each axis has a table (LayoutLMv3, arXiv 2204.08387, A).
-    """
-
-    axes: tuple[tuple[int, int], ...]
-    heads: int
-    scale: float
-
-    @nn.compact
-    def __call__(self, coordinates: jax.Array) -> jax.Array:
-        if coordinates is None or coordinates.shape[-1] < len(self.axes):
-            raise InputError(f"relative_axes: there are {len(self.axes)}, tokens need coordinates with as many numbers")
-        total: Any = 0.0
-        for axis, (buckets, furthest) in enumerate(self.axes):
-            table = self.param(f"bias_{axis}", nn.initializers.normal(0.02), (self.heads, buckets))
-            place = jnp.asarray(coordinates)[..., axis].astype(jnp.int32)
-            away = jnp.clip(place[..., None, :] - place[..., :, None], -furthest, furthest)  # (B, L, L)
-            bucket = jnp.asarray(distance_buckets(np.arange(-furthest, furthest + 1), buckets, furthest))
-            total += table[:, bucket[away + furthest]]
-        return self.scale * (total if total.ndim == 3 else total.swapaxes(0, 1))
-
-
-class RelativeBias(nn.Module):
-    """A number for each head by where two tokens of one stream stand to each other, and one where they are of two: `(H, L, L)`.
-
-    With buckets, by their distance on the line (T5, arXiv 1910.10683). With a grid, by the rows and columns between them
-    (BEiT, arXiv 2106.08254; Swin), and one each for a special token that reads, is read, and reads another; at another
-    resolution the table is resampled, and a stream that lies on no grid has no numbers of its own.
-    """
-
-    relative: int | tuple[int, int]
-    heads: int
-    furthest: int = 128
-    past: bool = False
-    linear: bool = False
-
-    @nn.compact
-    def __call__(self, lines: Sequence[Line]) -> jax.Array:
-        grid = self.relative if isinstance(self.relative, tuple) else None
-        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 if grid else self.relative
-        table = self.param("bias", nn.initializers.normal(0.02), (rows, self.heads))
-        own = [self._on_grid(table, grid, line) if grid else self._on_line(table, line) for line in lines]
-        if len(lines) == 1:
-            return own[0]
-        between = self.param("between_bias", nn.initializers.normal(0.02), (self.heads,))
-        ends = np.cumsum([line.length for line in lines])
-        bias = jnp.broadcast_to(between[:, None, None], (self.heads, ends[-1], ends[-1]))
-        for end, line, part in zip(ends, lines, own, strict=True):
-            bias = bias.at[:, end - line.length : end, end - line.length : end].set(part)
-        return bias
-
-    def _on_line(self, table: jax.Array, line: Line) -> jax.Array:
-        place = np.arange(line.length)
-        buckets = distance_buckets(place[None, :] - place[:, None], len(table), self.furthest, self.past)
-        return table[buckets].transpose(2, 0, 1)
-
-    def _on_grid(self, table: jax.Array, grid: tuple[int, int], line: Line) -> jax.Array:
-        if line.grid is None or len(line.grid) != 2:
-            return jnp.zeros((self.heads, line.length, line.length))
-        rows, columns = line.grid
-        offsets = resample(table[:-3], (2 * grid[0] - 1, 2 * grid[1] - 1), (2 * rows - 1, 2 * columns - 1), self.linear)
-        where = grid_coordinates(line.grid).astype(int)
-        away = where[:, None] - where[None, :] + (rows - 1, columns - 1)  # (L, L, 2)
-        index = np.full((line.length, line.length), len(offsets))  # a special token reads,
-        index[line.special :, : line.special] = len(offsets) + 1  # is read,
-        index[: line.special, : line.special] = len(offsets) + 2  # or reads another
-        index[line.special :, line.special :] = away @ (2 * columns - 1, 1)
-        return jnp.concatenate([offsets, table[-3:]])[index].transpose(2, 0, 1)
+    scale = (c.head_size or c.width // c.heads) ** -0.5 if c.scale is None else c.scale
+    bias = c.relative.bias(c.heads, scale, name)
+    return lambda sight: dataclasses.replace(sight, bias=bias(sight))

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmx.heads import Classifier, Pooler, TokenClassifier
+from mmx.layers import Grid
 from mmx.losses import cross_entropy, masked_mean
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
@@ -53,6 +54,7 @@ def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
     shared = c.use_shared_relative_position_bias
     if shared:
         only(c, use_relative_position_bias=False)
+    rows, columns = _grid(c)  # the tables are published as if it was turned, and read as if resampled
     image = Patches(
         pair(c.image_size),
         pair(c.patch_size),
@@ -78,9 +80,7 @@ def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         activation=activation(c.hidden_act),
         eps=c.layer_norm_eps,
         attention_bias=("query", "value", "out"),
-        relative=_grid(c)[::-1] if shared or c.use_relative_position_bias else None,  # published as if turned: read as resampled
-        relative_each=not shared,
-        relative_linear=True,
+        relative=Grid(columns, rows, linear=True, each=not shared) if shared or c.use_relative_position_bias else None,
         layer_scale=c.layer_scale_init_value if c.layer_scale_init_value > 0 else None,
         drop_path=c.drop_path_rate,
         final_norm=not c.use_mean_pooling,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.heads import Pooler
+from mmx.layers import Axes
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Gather, PerStream
@@ -80,7 +81,7 @@ def _build(c: LayoutLMv3Config, heads: Sequence[str], dtype: str) -> MultimodalT
         embed=0,
         poolers={FUSED: Pooler("first")},
         dtype=dtype,
-        relative_axes=axes,
+        relative=Axes(axes) if axes else None,
         **bert.block(c),
     )
 
@@ -100,7 +101,7 @@ def _table(c: LayoutLMv3Config) -> Table:
         "layoutlmv3.norm": "modalities_image/norm",
         "layoutlmv3.LayerNorm": "stages_0/norm",
         **{
-            f"layoutlmv3.encoder.{name}.weight": f"{stack}/relative_axes/bias_{axis}"
+            f"layoutlmv3.encoder.{name}.weight": f"{stack}/relative/bias_{axis}"
             for axis, (name, there) in enumerate(biases.items())
             if there
         },

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmx.errors import InputError
 from mmx.heads import TiedDecoder
-from mmx.layers import BlockConfig
+from mmx.layers import BlockConfig, Buckets
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo.config import activation
@@ -68,11 +68,11 @@ def _build(c: T5Config, heads: Sequence[str], dtype: str) -> MultimodalTransform
         eps=c.layer_norm_epsilon,
         bias=False,
         scale=1.0,
-        relative=c.relative_attention_num_buckets,
-        relative_furthest=c.relative_attention_max_distance,
+        relative=Buckets(c.relative_attention_num_buckets, c.relative_attention_max_distance),
         dtype=dtype,
     )
-    decoder = dataclasses.replace(encoder, relative_past=True)
+    past = Buckets(c.relative_attention_num_buckets, c.relative_attention_max_distance, past=True)
+    decoder = dataclasses.replace(encoder, relative=past)
     words = Ids(c.vocab_size, c.n_positions, width=c.d_model, position="none")
     scaled = c.tie_word_embeddings if c.scale_decoder_outputs is None else c.scale_decoder_outputs
     scores = TiedDecoder(
