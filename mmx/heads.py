@@ -166,32 +166,37 @@ class Classifier(nn.Module):
 
 
 class TokenClassifier(nn.Module):
-    """A class, or other numbers, for every token of a stream: `(B, L, classes)` float32.
+    """A class, or other numbers, for every token of one or several streams: `(B, L, classes)` float32.
 
     Args:
         classes: how many; or several answers behind one transform, by name (LXMERT's objects, attributes and features).
-        stream: whose tokens.
+        stream: whose tokens; those of several stand one stream behind the other; None: of all.
         transform: whether a dense layer stands before the last one.
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind that; None: no norm.
+        bias: whether every class has a number of its own added to its scores.
     """
 
     classes: int | Mapping[str, int]
-    stream: str
+    stream: str | tuple[str, ...] | None
     transform: bool = True
     activation: str | None = None
     norm: float | None = None
+    bias: bool = True
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> Any:
-        if self.stream not in streams:
+        wanted = (self.stream,) if isinstance(self.stream, str) else self.stream
+        read = [tokens.values for name, tokens in streams.items() if wanted is None or name in wanted]
+        if not read:
             return None
-        x = streams[self.stream].values
+        x = jnp.concatenate(read, 1)
         x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
 
         def answer(classes: int, end: str = "") -> jax.Array:
-            return nn.Dense(classes, dtype=self.dtype, name="classifier" + end)(x).astype(jnp.float32)
+            dense = nn.Dense(classes, use_bias=self.bias, dtype=self.dtype, name="classifier" + end)
+            return dense(x).astype(jnp.float32)
 
         several = self.classes
         return {n: answer(c, f"_{n}") for n, c in several.items()} if isinstance(several, Mapping) else answer(several)
@@ -233,31 +238,6 @@ class Reconstruction(nn.Module):
         position = self.param("position", INITIAL, (count + length, block.width)).astype(x.dtype)
         x = Stack(self.depth, block, name="stack")(jnp.concatenate([special, full], 1) + position)[:, count:]
         return nn.Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
-
-
-class TokenScores(nn.Module):
-    """Scores for every token of some streams, one stream behind the other, by one matrix: `(B, L, classes)` float32.
-
-    Args:
-        classes: how many.
-        streams: whose tokens; None: all (GIT).
-        bias: whether every class has a number of its own added to its scores.
-    """
-
-    classes: int
-    streams: tuple[str, ...] | None = None
-    bias: bool = True
-    dtype: Any = "float32"
-
-    @nn.compact
-    def __call__(
-        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
-    ) -> jax.Array | None:
-        read = [tokens.values for name, tokens in streams.items() if self.streams is None or name in self.streams]
-        if not read:
-            return None
-        x = jnp.concatenate(read, 1)
-        return nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
 
 class TiedDecoder(nn.Module):

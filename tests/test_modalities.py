@@ -354,7 +354,7 @@ def test_packed_patches_equal_patches_at_the_same_size(rng):
 
 
 def test_packed_patches_read_their_positions_behind_those_of_special_tokens(rng):
-    module = PackedPatches(4, (2, 2), (2, 2), width=8, special=("class",), special_position=True, corners=True)
+    module = PackedPatches(4, (2, 2), (2, 2), width=8, special=("class",), special_position=True, sampling="align_corners")
     params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), module.init(jax.random.key(0), module.example(1)))
     patches, place = rng.random((1, 4, 12)).astype("f"), np.asarray([[[0, 0], [0, 1], [1, 0], [1, 1]]])
     tokens = module.apply(params, {"patches": patches, "place": place, "extent": np.asarray([[2, 2]])})

@@ -123,7 +123,7 @@ def test_embeddings_can_be_left_out(inputs):
 def test_streams_may_be_pooled_before_the_last_stage(inputs):
     """Two towers meet in the shared space, and then in the stages behind; heads read the end."""
     towers, both = mmx.topologies.PerStream(1), mmx.topologies.Joint(1)
-    heads = {"all": mmx.heads.TokenScores(5), "some": mmx.heads.TokenScores(5, ("text",), bias=False)}
+    heads = {"all": TokenClassifier(5, None, transform=False), "some": TokenClassifier(5, "text", transform=False, bias=False)}
     model = mmx.build_model(modalities(), (towers, both), width=16, heads=2, pool_after=1, outputs=heads)
     variables = init(model)
     out = model.apply(variables, inputs)

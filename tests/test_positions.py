@@ -79,7 +79,9 @@ def test_sampling_a_table_equals_linear_resampling(rng):
 def test_sampling_by_corners_is_interpolation_along_both_axes(rng):
     table = rng.standard_normal((12, 5)).astype("f")
     for rows, columns in ((3, 4), (6, 8), (5, 1)):
-        found = P.sample(table, (3, 4), P.grid_coordinates((rows, columns))[None], np.asarray([[rows, columns]]), corners=True)
+        found = P.sample(
+            table, (3, 4), P.grid_coordinates((rows, columns))[None], np.asarray([[rows, columns]]), how="align_corners"
+        )
         for feature in range(5):
             expected = table[:, feature].reshape(3, 4)
             expected = np.stack([np.interp(np.linspace(0, 2, rows), range(3), column) for column in expected.T], 1)
@@ -91,7 +93,7 @@ def test_sampling_a_table_smoothly_equals_linear_resampling(rng):
     table = rng.standard_normal((35, 5)).astype("f")
     for rows, columns in ((3, 4), (6, 8), (5, 2), (1, 1)):
         place = P.grid_coordinates((rows, columns))[None]
-        found = P.sample(table, (5, 7), place, np.asarray([[rows, columns]]), smooth=True)
+        found = P.sample(table, (5, 7), place, np.asarray([[rows, columns]]), how="antialias")
         expected = jax.image.resize(table.reshape(5, 7, 5), (rows, columns, 5), "linear", antialias=True)
         np.testing.assert_allclose(found[0], expected.reshape(-1, 5), atol=1e-5)
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import InputError
+from mmx.errors import InputError, unknown
+
+SAMPLING = ("linear", "align_corners", "antialias")
 
 
 def grid_coordinates(grid: tuple[int, ...]) -> np.ndarray:
@@ -72,8 +74,7 @@ def sample(
     grid: tuple[int, int],
     coordinates: jax.Array,
     size: jax.Array,
-    corners: bool = False,
-    smooth: bool = False,
+    how: str = "linear",
 ) -> jax.Array:
     """Reads a table of learned positions at any place of images of any size, linearly.
 
@@ -82,19 +83,22 @@ def sample(
         grid: (rows, columns) of the table.
         coordinates: (row, column) of every patch in its own image, `(B, L, 2)`.
         size: rows and columns of that image, `(B, 2)`.
-        corners: whether the centres of the corner patches fall on those of the table (ViLT), and not the outer edges.
-        smooth: whether a smaller image reads the mean of more cells, its weights a triangle as wide as one of its own.
+        how: linear: the image's outer edges fall on those of the table; align_corners: the centres of the corner patches do
+            (ViLT); antialias: as linear, and a smaller image reads the mean of more cells, its weights a triangle as wide as
+            one of its own (SigLIP 2).
 
     Returns:
         `(B, L, D)`: the same as resampling the table to each image's grid.
     """
-    if smooth:
+    if how not in SAMPLING:
+        raise InputError("positions: " + unknown("way to sample a table", how, SAMPLING))
+    if how == "antialias":
         weights = [_triangle(coordinates[..., a], size[:, a, None], cells) for a, cells in enumerate(grid)]  # (B, L, cells)
         table = table.reshape(*grid, -1)
         return jnp.einsum("blr,blc,rcd->bld", *weights, table, preferred_element_type=jnp.float32).astype(table.dtype)
     cells = jnp.asarray(grid, jnp.float32)
     size = size[:, None].astype(jnp.float32)
-    if corners:
+    if how == "align_corners":
         at = coordinates * ((cells - 1) / jnp.maximum(size - 1, 1))
     else:
         at = (coordinates + 0.5) * cells / jnp.maximum(size, 1) - 0.5

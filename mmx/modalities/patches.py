@@ -94,8 +94,7 @@ class PackedPatches(Embedder):
         patch: (height, width) in pixels.
         grid_size: (rows, columns) of the learned positions, which every image reads at its own resolution.
         channels: C.
-        corners: whether the corner patches of every image read the corners of that table (ViLT), and not their edges.
-        smooth: whether images smaller than that grid read it smoothed (SigLIP 2).
+        sampling: how they read it: linear, align_corners (ViLT) or antialias (SigLIP 2); see `mmx.layers.positions.sample`.
     """
 
     length: int
@@ -104,8 +103,7 @@ class PackedPatches(Embedder):
     channels: int = 3
     mean: float = 0.5
     std: float = 0.5
-    corners: bool = False
-    smooth: bool = False
+    sampling: str = "linear"
 
     reads = ("patches", "place", "extent")
 
@@ -127,7 +125,7 @@ class PackedPatches(Embedder):
         front = len(self.special) if self.special_position else 0
         table = self.param("position", INITIAL, (front + math.prod(self.grid_size), self.width))
         place = fields["place"].astype(jnp.float32)
-        positions = sample(table[front:], self.grid_size, place, fields["extent"], self.corners, self.smooth)
+        positions = sample(table[front:], self.grid_size, place, fields["extent"], self.sampling)
         return self.fuse(x, mask, fields, (x.shape[1],), positions, place)
 
     def example(self, batch_size: int) -> Masked:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmx.heads import Pooler, Projection, TokenScores
+from mmx.heads import Pooler, Projection, TokenClassifier
 from mmx.layers import BlockConfig
 from mmx.losses import clip_loss, cross_entropy, masked_mean
 from mmx.modalities import Ids, Patches
@@ -200,7 +200,9 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
             "text": Projection(c.embed_dim, bias=text.proj_bias),
         },
         pool_after=len(towers),
-        outputs={"captioning": TokenScores(text.vocab_size, ("text",), bias=False)} if "captioning" in heads else {},
+        outputs={"captioning": TokenClassifier(text.vocab_size, "text", transform=False, bias=False)}
+        if "captioning" in heads
+        else {},
         dtype=dtype,
     )
 

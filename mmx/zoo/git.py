@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmx.heads import TokenScores
+from mmx.heads import TokenClassifier
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream
@@ -79,7 +79,7 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
         ),
         width=c.hidden_size,
         embed=0,
-        outputs={"captioning": TokenScores(c.vocab_size)} if "captioning" in heads else {},
+        outputs={"captioning": TokenClassifier(c.vocab_size, None, transform=False)} if "captioning" in heads else {},
         dtype=dtype,
         **bert.block(c),
     )

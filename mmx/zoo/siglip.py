@@ -93,7 +93,7 @@ def _embedder(c: SiglipVisionConfig | Siglip2VisionConfig) -> nn.Module:
     if isinstance(c, SiglipVisionConfig):
         return Patches(whole_patches(c.image_size, c.patch_size), patch, c.num_channels, width=c.hidden_size)
     side = int(c.num_patches**0.5)
-    return PackedPatches(c.num_patches, patch, (side, side), c.num_channels, width=c.hidden_size, smooth=True)
+    return PackedPatches(c.num_patches, patch, (side, side), c.num_channels, width=c.hidden_size, sampling="antialias")
 
 
 def _build(c: SiglipConfig | Siglip2Config, heads: Sequence[str], dtype: str) -> MultimodalTransformer:

@@ -57,7 +57,7 @@ def _build(c: ViltConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
                 (c.patch_size, c.patch_size),
                 (side, side),
                 c.num_channels,
-                corners=True,
+                sampling="align_corners",
                 special=("class",),
                 special_position=True,
                 type=True,
