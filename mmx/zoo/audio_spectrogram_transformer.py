@@ -13,6 +13,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import vit
 from mmx.zoo.bert import token_loss
+from mmx.zoo.config import Layers
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
@@ -21,14 +22,9 @@ BODY = "audio_spectrogram_transformer"
 
 
 @dataclasses.dataclass(frozen=True)
-class ASTConfig:
+class ASTConfig(Layers):
     """The published fields of AST."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     patch_size: int = 16
     qkv_bias: bool = True

@@ -12,7 +12,7 @@ from mmx.losses import cross_entropy, masked_mean
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Pixels, activation, only
 from mmx.zoo.family import Family, Runner, channels_last
 from mmx.zoo.videomae import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
@@ -23,19 +23,11 @@ LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitConfig:
+class BeitConfig(Pixels):
     """The published fields of BEiT; those of its segmentation heads are known and not read."""
 
     vocab_size: int = 8192
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
-    image_size: int | tuple = 224
-    patch_size: int | tuple = 16
-    num_channels: int = 3
     use_mask_token: bool = False
     use_absolute_position_embeddings: bool = False
     use_relative_position_bias: bool = False

@@ -11,7 +11,7 @@ from mmx.losses import cross_entropy, masked_mean
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import Family, Run, Runner, padded
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
@@ -32,17 +32,9 @@ KNOWN = (r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$")  # buff
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(Words):
     """The published fields of BERT."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     position_embedding_type: str = "absolute"
     is_decoder: bool = False

@@ -18,7 +18,7 @@ from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert, clip, vit
-from mmx.zoo.config import only
+from mmx.zoo.config import Layers, Pixels, only
 from mmx.zoo.family import Family, Generation, Runner, channels_last, padded
 from mmx.zoo.weights import Table, convolution, fused, layers, reshaped
 
@@ -38,18 +38,14 @@ IMAGE_LAYER: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class BlipTextConfig:
+class BlipTextConfig(Layers):
     """The published fields of BLIP's text; the width of what it reads is that of the image, whatever they say."""
 
     vocab_size: int = 30524
-    hidden_size: int = 768
     encoder_hidden_size: int = 768
-    intermediate_size: int = 3072
     projection_dim: int = 768
-    num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 512
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     is_decoder: bool = True
     bos_token_id: int = 30522
@@ -58,18 +54,12 @@ class BlipTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlipVisionConfig:
+class BlipVisionConfig(Pixels):
     """The published fields of BLIP's image tower."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
     projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
     image_size: int = 384
     patch_size: int = 16
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
 
 

@@ -17,7 +17,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Cross, Stage
 from mmx.zoo import bert
 from mmx.zoo.albef import IMAGE, TEXT, embedded
-from mmx.zoo.config import only
+from mmx.zoo.config import Layers, only
 from mmx.zoo.family import Family, Run, Runner
 from mmx.zoo.weights import Table, layers
 
@@ -25,15 +25,10 @@ QUERIES = 512  # most of them; no parameter depends on it
 
 
 @dataclasses.dataclass(frozen=True)
-class Blip2QFormerConfig:
+class Blip2QFormerConfig(Layers):
     """The published fields of the Q-Former; those of words and places are of the model around it."""
 
     vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     max_position_embeddings: int = 512
     layer_norm_eps: float = 1e-12
     position_embedding_type: str = "absolute"

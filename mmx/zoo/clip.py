@@ -10,7 +10,7 @@ from mmx.losses import clip_loss
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import activation
+from mmx.zoo.config import Pixels, activation
 from mmx.zoo.family import Family, Run, Runner, channels_last, padded
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
@@ -44,14 +44,9 @@ class CLIPTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPVisionConfig:
+class CLIPVisionConfig(Pixels):
     """The published fields of CLIP's image tower."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
     image_size: int = 224
     patch_size: int = 32
     hidden_act: str = "quick_gelu"

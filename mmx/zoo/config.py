@@ -207,6 +207,35 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The published fields of a stack of layers, as most encoders have them."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Layers):
+    """Those of an encoder of text of BERT's kind."""
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels(Layers):
+    """Those of an encoder of images of ViT's kind."""
+
+    image_size: int | tuple = 224
+    patch_size: int | tuple = 16
+    num_channels: int = 3
+
+
 def activation(name: str, field: str = "hidden_act") -> str:
     """Our name of a published activation."""
     if name not in ACTIVATION:

@@ -14,7 +14,7 @@ from mmx.losses import cross_entropy, masked_mean
 from mmx.model import MAX_LOGIT_SCALE, MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Gather, Norm, PerStream
 from mmx.zoo import bert, vit
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Layers, Pixels, Words, activation, only
 from mmx.zoo.family import Chosen, Family, Run, Runner, channels_last
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
@@ -22,49 +22,29 @@ LOGIT_SCALE = (1.0, float(np.exp(4.6052)))  # where the original keeps the inver
 
 
 @dataclasses.dataclass(frozen=True)
-class FlavaImageConfig:
+class FlavaImageConfig(Pixels):
     """The published fields of FLAVA's image encoder."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
-    image_size: int | tuple = 224
-    patch_size: int | tuple = 16
-    num_channels: int = 3
     qkv_bias: bool = True
     mask_token: bool = True
     vocab_size: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class FlavaTextConfig:
+class FlavaTextConfig(Words):
     """The published fields of FLAVA's text encoder."""
 
-    vocab_size: int = 30522
-    type_vocab_size: int = 2
-    max_position_embeddings: int = 512
     position_embedding_type: str = "absolute"
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
-class FlavaMultimodalConfig:
+class FlavaMultimodalConfig(Layers):
     """The published fields of FLAVA's multimodal encoder."""
 
-    hidden_size: int = 768
     num_hidden_layers: int = 6
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
     use_cls_token: bool = True

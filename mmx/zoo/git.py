@@ -15,20 +15,15 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream
 from mmx.zoo import bert, clip
-from mmx.zoo.config import only
+from mmx.zoo.config import Layers, Pixels, only
 from mmx.zoo.family import Family, Generation, Runner, channels_last, padded, whole_patches
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
 @dataclasses.dataclass(frozen=True)
-class GitVisionConfig:
+class GitVisionConfig(Pixels):
     """The published fields of GIT's image tower."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
     image_size: int = 224
     patch_size: int = 16
     hidden_act: str = "quick_gelu"
@@ -37,16 +32,12 @@ class GitVisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GitConfig:
+class GitConfig(Layers):
     """The published fields of GIT."""
 
     vision_config: GitVisionConfig = GitVisionConfig()
     vocab_size: int = 30522
-    hidden_size: int = 768
     num_hidden_layers: int = 6
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     max_position_embeddings: int = 1024
     layer_norm_eps: float = 1e-12
     position_embedding_type: str = "absolute"

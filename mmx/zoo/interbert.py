@@ -8,23 +8,15 @@ from mmx.losses import masked_mean
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import bert, vilbert
-from mmx.zoo.config import only
+from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class InterBertConfig:
+class InterBertConfig(Words):
     """The published fields of InterBERT."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     t_num_hidden_layers: int = 6
     v_feature_size: int = 2048
     v_target_size: int = 1601

@@ -18,7 +18,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Gather, PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.config import only
+from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner, channels_last, padded, whole_patches
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
@@ -27,17 +27,10 @@ LONGEST = 1023  # of a box
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutLMv3Config:
+class LayoutLMv3Config(Words):
     """The published fields of LayoutLMv3."""
 
     vocab_size: int = 50265
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
     max_2d_position_embeddings: int = 1024

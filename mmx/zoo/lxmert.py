@@ -12,7 +12,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
@@ -36,19 +36,12 @@ _SHARED: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LxmertConfig:
+class LxmertConfig(Words):
     """The published fields of LXMERT."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_attention_heads: int = 12
     num_qa_labels: int = 9500
     num_object_labels: int = 1600
     num_attr_labels: int = 400
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     l_layers: int = 9
     x_layers: int = 5
     r_layers: int = 5

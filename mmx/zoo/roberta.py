@@ -12,23 +12,16 @@ from mmx.heads import Classifier, Pooler, TiedDecoder
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import bert
-from mmx.zoo.config import only
+from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class RobertaConfig:
+class RobertaConfig(Words):
     """The published fields of RoBERTa."""
 
     vocab_size: int = 50265
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
     position_embedding_type: str = "absolute"

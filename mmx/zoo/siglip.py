@@ -18,7 +18,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
 from mmx.zoo import clip
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Layers, Pixels, activation, only
 from mmx.zoo.family import Family, Runner, channels_last, padded, whole_patches
 from mmx.zoo.weights import Layout, Table, convolution, fused, layers, reshaped
 
@@ -26,14 +26,10 @@ SCALE, BIAS = 10.0, -10.0  # first values (arXiv 2303.15343, 3.2)
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipTextConfig:
+class SiglipTextConfig(Layers):
     """The published fields of SigLIP's text tower."""
 
     vocab_size: int = 32000
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     max_position_embeddings: int = 64
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
@@ -41,14 +37,9 @@ class SiglipTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipVisionConfig:
+class SiglipVisionConfig(Pixels):
     """The published fields of SigLIP's image tower."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
     image_size: int = 224
     patch_size: int = 16
     hidden_act: str = "gelu_pytorch_tanh"
@@ -65,13 +56,9 @@ class SiglipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Siglip2VisionConfig:
+class Siglip2VisionConfig(Layers):
     """The published fields of the image tower of SigLIP 2 NaFlex."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     num_channels: int = 3
     num_patches: int = 256
     patch_size: int = 16

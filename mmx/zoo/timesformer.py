@@ -8,7 +8,7 @@ from mmx.heads import Classifier, Pooler
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import only
+from mmx.zoo.config import Pixels, only
 from mmx.zoo.family import Family, Runner, channels_last
 from mmx.zoo.videomae import class_loss
 from mmx.zoo.vit import block
@@ -18,18 +18,12 @@ DIVIDED = "divided_space_time"
 
 
 @dataclasses.dataclass(frozen=True)
-class TimesformerConfig:
+class TimesformerConfig(Pixels):
     """The published fields of TimeSformer."""
 
     image_size: int = 224
     patch_size: int = 16
-    num_channels: int = 3
     num_frames: int = 8
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
     attention_type: str = DIVIDED

@@ -13,6 +13,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.zoo import bert
+from mmx.zoo.config import Words
 from mmx.zoo.family import REGIONS, Family, Run, Runner, padded, padded_features
 from mmx.zoo.weights import Table, layers
 
@@ -20,17 +21,10 @@ BOX = 7  # x1 y1 x2 y2, width, height, area
 
 
 @dataclasses.dataclass(frozen=True)
-class UniterConfig:
+class UniterConfig(Words):
     """The published fields of UNITER, and the two numbers that its code is called with."""
 
     vocab_size: int = 28996
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     img_dim: int = 2048
     img_label_dim: int = 1601
 

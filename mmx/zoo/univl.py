@@ -13,7 +13,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Cross, Gather, PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.config import activation
+from mmx.zoo.config import Words, activation
 from mmx.zoo.family import Family, Runner, padded
 from mmx.zoo.weights import Layout, Table, layers
 
@@ -36,17 +36,9 @@ DECODER_LAYER: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UniVLPart:
+class UniVLPart(Words):
     """The published fields of one of UniVL's four parts; of the video, `vocab_size` is how many numbers a frame has."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     max_target_embeddings: int = 512
     num_decoder_layers: int = 3
 

@@ -11,7 +11,7 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.bert import token_loss
-from mmx.zoo.config import activation
+from mmx.zoo.config import Layers, Pixels, activation
 from mmx.zoo.family import Family, Runner, channels_last
 from mmx.zoo.vit import LAYER as VIT_LAYER
 from mmx.zoo.vit import block, pair
@@ -26,19 +26,11 @@ LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoMAEConfig:
+class VideoMAEConfig(Pixels):
     """The published fields of VideoMAE."""
 
-    image_size: int | tuple = 224
-    patch_size: int | tuple = 16
-    num_channels: int = 3
     num_frames: int = 16
     tubelet_size: int = 2
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     qkv_bias: bool = True
     qv_bias: bool = True  # the newer name of the same
@@ -52,17 +44,13 @@ class VideoMAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VivitConfig:
+class VivitConfig(Layers):
     """The published fields of ViViT."""
 
     image_size: int | tuple = 224
     num_frames: int = 32
     tubelet_size: tuple = (2, 16, 16)
     num_channels: int = 3
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
     hidden_act: str = "gelu_fast"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True

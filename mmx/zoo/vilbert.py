@@ -14,7 +14,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream, Stage
 from mmx.zoo import bert
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
@@ -24,17 +24,9 @@ _CROSS = {"image": ("1", "2", "v"), "text": ("2", "1", "t")}  # published: own n
 
 
 @dataclasses.dataclass(frozen=True)
-class VilbertConfig:
+class VilbertConfig(Words):
     """The published fields of ViLBERT."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     v_feature_size: int = 2048
     v_target_size: int = 1601
     v_hidden_size: int = 768

@@ -15,24 +15,17 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.types import Masked
 from mmx.zoo import bert, vit
-from mmx.zoo.config import only
+from mmx.zoo.config import Words, only
 from mmx.zoo.family import Chosen, Family, Runner, channels_last
 from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
 
 
 @dataclasses.dataclass(frozen=True)
-class ViltConfig:
+class ViltConfig(Words):
     """The published fields of ViLT."""
 
-    vocab_size: int = 30522
-    type_vocab_size: int = 2
     modality_type_vocab_size: int = 2
     max_position_embeddings: int = 40
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     image_size: int = 384
     patch_size: int = 32

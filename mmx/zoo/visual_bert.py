@@ -11,24 +11,16 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.zoo import bert
-from mmx.zoo.config import only
+from mmx.zoo.config import Words, only
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class VisualBertConfig:
+class VisualBertConfig(Words):
     """The published fields of VisualBERT."""
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
     visual_embedding_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     bypass_transformer: bool = False
     special_visual_initialize: bool = True

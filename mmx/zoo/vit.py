@@ -9,7 +9,7 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.bert import token_loss
-from mmx.zoo.config import activation
+from mmx.zoo.config import Pixels, activation
 from mmx.zoo.family import Family, Runner, channels_last
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
@@ -26,18 +26,10 @@ LAYER: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Pixels):
     """The published fields of ViT and DeiT."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
-    image_size: int | tuple = 224
-    patch_size: int | tuple = 16
-    num_channels: int = 3
     qkv_bias: bool = True
     encoder_stride: int = 16
     pooler_output_size: int | None = None

@@ -14,24 +14,17 @@ from mmx.losses import reconstruction_loss
 from mmx.modalities.patches import cut
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
+from mmx.zoo.config import Pixels
 from mmx.zoo.family import Family, Runner, channels_last
 from mmx.zoo.vit import LAYER, block, image_embedder, pair
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTMAEConfig:
+class ViTMAEConfig(Pixels):
     """The published fields of ViTMAE."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
-    image_size: int | tuple = 224
-    patch_size: int | tuple = 16
-    num_channels: int = 3
     qkv_bias: bool = True
     decoder_num_attention_heads: int = 16
     decoder_hidden_size: int = 512

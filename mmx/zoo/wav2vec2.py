@@ -11,7 +11,7 @@ from mmx.modalities import Waveform
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Layers, activation, only
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
@@ -29,14 +29,9 @@ SAMPLES = 160_000  # ten seconds, which is usual; there is no limit
 
 
 @dataclasses.dataclass(frozen=True)
-class Wav2Vec2Config:
+class Wav2Vec2Config(Layers):
     """The published fields of wav2vec 2.0."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
     feat_extract_norm: str = "group"
     feat_extract_activation: str = "gelu"
