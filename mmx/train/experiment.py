@@ -15,6 +15,7 @@ from mmx import data, evaluate, layers, modalities, objectives, parallel, topolo
 from mmx.data import DataConfig
 from mmx.errors import InputError, at_least, unknown
 from mmx.layers import BlockConfig
+from mmx.layers.relative import Relative
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.parallel import MeshConfig
@@ -31,6 +32,8 @@ class ModelConfig(BlockConfig):
     """Size of a token, D."""
     mlp: int | None = 384
     """Hidden size of the MLP, F. None: 4 x width."""
+    relative: Annotated[Relative | None, tyro.conf.Suppress] = None
+    """Relative positions, from a configuration file: `mmx.layers.Buckets` (T5), `Grid` (BEiT), `Axes` (LayoutLMv3), or None."""
     unroll: int = 2
     """Layers per iteration of the scan over layers. On a CPU, loops are slow and short stacks compile fast."""
     depth: int = 2
