@@ -1,5 +1,8 @@
 """Losses: values against NumPy, masks, finite gradients."""
 
+from pathlib import Path
+
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +101,117 @@ def test_transport_distance_equals_numpy(rng):
     (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(text)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.isfinite(gradient).all() and np.abs(gradient[words]).min() > 0 and not gradient[~words].any()
+
+
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "losses").iterdir()), ids=lambda folder: folder.name)
+def test_the_reference_losses_in_value_and_gradient(folder):
+    assert {name: share for name, share in golden.compare(folder).items() if share > 1} == {}
+
+
+def test_a_mean_by_weights(rng):
+    values, weights = rng.standard_normal(5).astype("f"), np.asarray([0, 0.5, 2, 0.25, 0], "f")
+    np.testing.assert_allclose(losses.masked_mean(values, weights), (values * weights).sum() / weights.sum(), rtol=1e-6)
+
+
+def chunked(rng, length, vocab, chunks):
+    """The gradient of a chunked and of the dense loss by states and matrix, as functions; and their arguments."""
+    labels, weights = rng.integers(0, vocab, (2, length)), rng.random((2, length)).astype("f")
+
+    def dense(states, matrix):
+        return (losses.cross_entropy(states @ matrix, labels, 0.1, 1e-2) * weights).sum()
+
+    def pieces(states, matrix):
+        each, best = losses.chunked_cross_entropy(states, lambda x: x @ matrix, labels, chunks, 0.1, 1e-2)
+        return (each * weights).sum(), best
+
+    given = rng.standard_normal((2, length, 4)).astype("f"), rng.standard_normal((4, vocab)).astype("f")
+    return jax.value_and_grad(dense, (0, 1)), jax.value_and_grad(pieces, (0, 1), has_aux=True), given
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 7, 9])
+def test_chunked_cross_entropy_is_the_dense_one(rng, chunks):
+    dense, pieces, (states, matrix) = chunked(rng, 7, 11, chunks)
+    value, gradient = dense(states, matrix)
+    (found, best), found_gradient = pieces(states, matrix)
+    np.testing.assert_array_equal(best, (states @ matrix).argmax(-1))
+    for a, b in zip((value, *gradient), (found, *found_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_chunked_cross_entropy_never_holds_all_scores(rng):
+    dense, pieces, given = chunked(rng, 256, 4096, 16)
+    whole, parts = (jax.jit(f).lower(*given).compile().memory_analysis().temp_size_in_bytes for f in (dense, pieces))
+    scores = 2 * 256 * 4096 * 4
+    assert parts < scores / 4 < scores < whole
+
+
+def test_z_loss_and_divergence_and_regression(rng):
+    logits, target = rng.standard_normal((3, 5)).astype("f"), rng.dirichlet(np.ones(5), 3).astype("f")
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    extra = losses.cross_entropy(logits, np.zeros(3, int), z_loss=0.5) - losses.cross_entropy(logits, np.zeros(3, int))
+    np.testing.assert_allclose(extra, 0.5 * np.log(np.exp(logits).sum(-1)) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(losses.kl_divergence(logits, target), (target * (np.log(target) - log)).sum(-1), rtol=1e-5)
+    bits = losses.binary_cross_entropy(logits, target)
+    np.testing.assert_allclose(bits, np.log1p(np.exp(logits)) - target * logits, rtol=1e-5)
+    away = np.abs(logits - target)
+    np.testing.assert_allclose(losses.regression_loss(logits, target), (away**2).mean(-1), rtol=1e-5)
+    huber = np.where(away < 1, away**2 / 2, away - 0.5).mean(-1)
+    np.testing.assert_allclose(losses.regression_loss(logits, target, huber=True), huber, rtol=1e-5)
+
+
+def test_late_interaction_asks_token_by_token(rng):
+    image, text = unit(rng, 2, 4, 3), unit(rng, 3, 5, 3)
+    regions, words = np.arange(4) < [[4], [2]], np.arange(5) < [[1], [5], [3]]
+    to_text, to_image = losses.late_interaction(image, text, regions, words)
+    for i in range(2):
+        for j in range(3):
+            each = image[i, regions[i]] @ text[j, words[j]].T
+            np.testing.assert_allclose(to_text[i, j], each.max(1).mean(), rtol=1e-5)
+            np.testing.assert_allclose(to_image[j, i], each.max(0).mean(), rtol=1e-5)
+    gradient = jax.grad(lambda x: losses.late_interaction(x, text, regions, words)[1].sum())(image)
+    assert np.isfinite(gradient).all() and not gradient[~regions].any()
+    nobody = losses.late_interaction(image, text, np.zeros((2, 4), bool), words)
+    assert not np.any(nobody[0]) and not np.any(nobody[1])
+
+
+def test_hard_negatives_are_others_that_exist_and_follow_the_scores(rng):
+    scores, mask = np.asarray([[9, 2, 0, 5], [0, 9, 0, 5], [0, 0, 9, 5], [0, 0, 0, 9]], "f"), np.asarray([1, 1, 1, 0], bool)
+    chosen = np.stack([losses.hard_negatives(scores, jax.random.key(i), mask) for i in range(400)])
+    assert not (chosen[:, :3] == np.arange(3)).any() and (chosen < 3).all()
+    np.testing.assert_allclose((chosen[:, 0] == 1).mean(), np.e**2 / (np.e**2 + 1), atol=0.05)
+    alone = losses.hard_negatives(scores, jax.random.key(0), np.asarray([False, True, False, False]))
+    assert alone[1] == 1
+
+
+def test_grounding_and_ranking(rng):
+    scores, named = rng.standard_normal((2, 3, 4)).astype("f"), np.zeros((2, 3, 4), "f")
+    named[0, 0, 1], named[1, 2, [0, 2]] = 1, 1
+    mask = np.asarray([[1, 1, 1, 0], [1, 0, 1, 1]], bool)[:, None]
+    found = losses.grounding_loss(scores, named, mask)
+    log = scores - np.log(np.where(mask, np.exp(scores), 0).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found[0, 0], -log[0, 0, 1], rtol=1e-5)
+    np.testing.assert_allclose(found[1, 2], -(log[1, 2, 0] + log[1, 2, 2]) / 2, rtol=1e-5)
+    assert np.count_nonzero(found) == 2
+    assert np.isfinite(jax.grad(lambda x: losses.grounding_loss(x, named, mask).sum())(scores)).all()
+    np.testing.assert_allclose(losses.ranking_loss(np.asarray([1.0, 0.2]), np.asarray([0.5, 0.15])), [0, 0.05], atol=1e-6)
+
+
+def test_distillation_reaches_its_teacher_and_gives_it_no_gradient(rng):
+    teacher, student = rng.standard_normal((2, 3, 5)).astype("f"), rng.standard_normal((2, 3, 5)).astype("f")
+    soft = jax.nn.softmax
+    weights = np.asarray(soft(teacher))
+    for distance, same in (
+        (lambda s, t: losses.distillation_loss(s, t, 2.0), teacher),
+        (lambda s, t: losses.attention_distillation_loss(soft(s), soft(t), np.arange(3) < [[3], [2]]), teacher),
+        (lambda s, t: losses.cosine_distance(s, jax.lax.stop_gradient(t)), 3 * teacher),
+    ):
+        np.testing.assert_allclose(distance(same, teacher), 0, atol=1e-6)
+        of_student, of_teacher = jax.grad(lambda s, t: distance(s, t).sum(), (0, 1))(student, teacher)  # noqa: B023
+        assert np.abs(of_student).max() > 1e-3 and not of_teacher.any()
+    log = np.asarray(jax.nn.log_softmax(student / 2))
+    target = np.asarray(soft(teacher / 2))
+    expected = 4 * (target * (np.log(target) - log)).sum(-1)
+    np.testing.assert_allclose(losses.distillation_loss(student, teacher, 2.0), expected, rtol=1e-4)
+    rows = (weights * (np.log(weights) - np.log(np.asarray(soft(student))))).sum(-1)
+    found = losses.attention_distillation_loss(soft(student), weights, np.arange(3) < [[3], [2]])
+    np.testing.assert_allclose(found, [rows[0].mean(), rows[1, :2].mean()], rtol=1e-4)
