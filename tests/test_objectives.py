@@ -9,6 +9,7 @@ import pytest
 
 import mmx
 from mmx import objectives
+from mmx.errors import InputError
 from mmx.objectives import Captioning, Contrastive, Matching, run_views, view
 from mmx.topologies import BEYOND, TOPOLOGIES
 
@@ -123,3 +124,19 @@ def test_three_modalities_are_compared_in_pairs(rng):
     values = {"embeddings": x, "present": {n: jnp.ones(4, bool) for n in x}, "logit_scale": jnp.full(4, 2.0)}
     pairs = [mmx.losses.clip_loss(x[i], x[j], 2.0) for i, j in ("ab", "ac", "bc")]
     np.testing.assert_allclose(objective.loss(values)[0], np.mean(pairs), rtol=1e-6)
+
+
+def test_a_sigmoid_asks_of_every_pair_in_any_form(tiny, batch):
+    """The same gradient dense and in a ring; it wants a bias, and softmax wants none."""
+    siglip = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, logit_scale=10.0, logit_bias=-10.0))
+    model, params = setup(siglip)
+
+    def value(form, kind="sigmoid"):
+        mine = {"contrastive": Contrastive(kind=kind, form=form)}
+        return lambda p: objectives.total_loss(mine, objectives.forward(mine, model, p, batch, None))[0]
+
+    dense, ring = (jax.jit(jax.value_and_grad(value(form)))(params) for form in ("dense", "ring"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), dense, ring)
+    assert np.abs(ring[1]["logit_bias"]) > 1e-3
+    with pytest.raises(InputError, match="set model.logit_bias to -10"):
+        value("dense", "softmax")(params)

@@ -4,27 +4,33 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.contrastive import contrastive_loss
 from mmx.errors import InputError
 from mmx.heads import Classifier, stream_of
-from mmx.losses import clip_loss, cross_entropy, masked_mean
+from mmx.losses import cross_entropy, masked_mean
 from mmx.objectives.views import View, view
 from mmx.types import Batch, Masked, Metrics, Outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """Each modality alone into the shared space; partners close, all others of the batch far (CLIP, ALIGN)."""
+    """Each modality alone into the shared space; partners close, all others of the batch far (CLIP, ALIGN, SigLIP)."""
 
     weight: float = 1.0
     """Share in the total loss; 0 leaves it out."""
     modalities: tuple[str, ...] = ("image", "text")
     """The loss is the mean over all pairs of these."""
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: which of the batch is the partner (CLIP); sigmoid: each pair a question of its own (SigLIP)."""
+    form: Literal["dense", "gather", "ring"] = "dense"
+    """How the scores of all pairs are divided over devices: dense (by XLA), gather (each device its rows) or ring (a block at
+    a time, for batches whose scores no device can hold); the same number."""
 
     def heads(self) -> Mapping[str, nn.Module]:
         return {}
@@ -39,20 +45,24 @@ class Contrastive:
         scale = outputs[0].logit_scale
         if scale is None:
             raise InputError("contrastive: the model has no shared space; build it with embed > 0")
+        if (self.kind == "sigmoid") != (outputs[0].logit_bias is not None):
+            raise InputError(f"contrastive: kind={self.kind!r}; set model.logit_bias to -10 for sigmoid, and to None for softmax")
         embeddings, present = {}, {}
         for name, output in zip(self.modalities, outputs, strict=True):
             embeddings[name] = output.embeddings[name]
             present[name] = output.streams[stream_of(output.streams, name) or name].present
         rows = next(iter(present.values())).shape
-        return {"embeddings": embeddings, "present": present, "logit_scale": jnp.broadcast_to(scale, rows)}
+        scalars = {"logit_scale": scale, "logit_bias": outputs[0].logit_bias}
+        return {"embeddings": embeddings, "present": present} | {n: jnp.broadcast_to(x, rows) for n, x in scalars.items() if x is not None}
 
     def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
-        embeddings, present, scale = values["embeddings"], values["present"], values["logit_scale"].mean()
+        embeddings, present = values["embeddings"], values["present"]
+        scalars = {name: values[name].mean() for name in ("logit_scale", "logit_bias") if name in values}
         losses = [
-            clip_loss(embeddings[a], embeddings[b], scale, present[a] & present[b])
+            contrastive_loss(embeddings[a], embeddings[b], **scalars, mask=present[a] & present[b], form=self.form)
             for a, b in itertools.combinations(self.modalities, 2)
         ]
-        return jnp.stack(losses).mean(), {"logit_scale": scale}
+        return jnp.stack(losses).mean(), scalars
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,10 @@ class ModelConfig(BlockConfig):
     """Layers on the way of a token; a topology of two parts gives the first part the larger half."""
     embed: int = 128
     """Size of the space shared by all modalities, E; 0: none."""
+    logit_scale: float = 1 / 0.07
+    """First value of the shared space's inverse temperature (SigLIP: 10)."""
+    logit_bias: float | None = None
+    """First value of what a sigmoid loss adds to similarities (SigLIP: -10); None: there is none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +57,8 @@ class ModelConfig(BlockConfig):
     ) -> MultimodalTransformer:
         """Builds the model."""
         block = {field.name: getattr(self, field.name) for field in dataclasses.fields(BlockConfig)}
-        return build_model(modalities, topology, depth=self.depth, embed=self.embed, outputs=outputs, **block)
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("depth", "embed", "logit_scale", "logit_bias")}
+        return build_model(modalities, topology, outputs=outputs, **own, **block)
 
 
 @dataclasses.dataclass(frozen=True)
