@@ -44,6 +44,21 @@ def test_attend_equals_numpy(rng, kv_heads, masked):
     np.testing.assert_allclose(attend(query, key, value, *arguments), numpy_attention(query, key, value, allowed), atol=2e-6)
 
 
+def test_weights_of_attention_are_left_where_they_are_asked_for(rng):
+    x, mask = rng.standard_normal((2, 3, 8)).astype("f"), np.asarray([[True, True, False], [False] * 3])
+    stack = Stack(2, SMALL)
+    params = stack.init(jax.random.key(0), x)
+    assert set(params) == {"params"}
+    _, left = stack.apply(params, x, Sight(mask), mutable=["attentions"])
+    weights = left["attentions"]["layers"]["block"]["self"]["weights"]  # (depth, B, H, L, L)
+    own = jax.tree.map(lambda p: p[0], params["params"]["layers"]["block"])
+    y = make_norm("layer", SMALL.eps, "float32", "norm").apply({"params": own["self_norm"]}, x[0])
+    query, key = (jnp.einsum("ld,dhk->hlk", y, own["self"][n]["kernel"]) for n in ("query", "key"))
+    scores = np.exp(query @ key.swapaxes(1, 2) / 2) * mask[0]
+    np.testing.assert_allclose(weights[0, 0], scores / scores.sum(-1, keepdims=True), atol=1e-6)
+    assert weights.shape == (2, 2, 2, 3, 3) and not np.any(weights[:, 1])
+
+
 def test_rows_without_keys_give_zero_in_value_and_gradient(rng):
     x = rng.standard_normal((2, 4, 2, 3)).astype(np.float32)
     mask = np.array([[True] * 4, [False] * 4])
