@@ -6,7 +6,7 @@ import pytest
 
 import mmx
 from mmx.errors import InputError
-from mmx.heads import Classifier, TiedDecoder, TokenClassifier
+from mmx.heads import Classifier, Similarity, TiedDecoder, TokenClassifier
 from mmx.modalities import Features, Ids
 from mmx.topologies import PerStream
 
@@ -18,6 +18,8 @@ def setting():
     outputs = {
         "product": Classifier(3, fuse="product", transform=False),
         "sum": Classifier(3, fuse="sum", transform=False),
+        "beside": Classifier(3, ("text", "image"), transform=False),
+        "space": Similarity(5, {"text": "text", "pair": ("image", "text")}),
         "wide": Classifier(3, "text", size=10, activation="relu", norm=1e-12),
         "tokens": TokenClassifier(4, "image", activation="relu", norm=1e-12),
         "several": TokenClassifier({"a": 2, "b": 3}, "image", transform=False),
@@ -52,6 +54,20 @@ def test_streams_that_are_fused(setting):
         np.testing.assert_allclose(alone.logits[name], dense(text, params[f"heads_{name}"]["classifier"]), atol=1e-4)
     with pytest.raises(InputError, match="unknown fuse 'prodct'; did you mean 'product'"):
         Classifier(3, fuse="prodct").init(jax.random.key(0), out.streams, out.pooled, {})
+
+
+def test_streams_side_by_side(setting):
+    model, params, batch, out = setting
+    text, image = (out.streams[n].values.mean(1) for n in ("text", "image"))
+    found = dense(np.concatenate([text, image], -1), params["heads_beside"]["classifier"])
+    np.testing.assert_allclose(out.logits["beside"], found, atol=1e-4)
+    for name, x in (("text", text), ("pair", np.concatenate([image, text], -1))):
+        x = dense(x, params["heads_space"][name]["projection"])
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        np.testing.assert_allclose(out.logits["space"][name], x, atol=1e-5)
+    np.testing.assert_allclose(out.logits["space"]["scale"], np.exp(params["heads_space"]["logit_scale"]), rtol=1e-6)
+    alone = model.apply({"params": params}, {"text": batch["text"]}).logits
+    assert "beside" not in alone and set(alone["space"]) == {"text", "scale"}
 
 
 def test_what_stands_before_the_last_matrix(setting):
