@@ -95,6 +95,11 @@ CLASSES = {
     "BlipForImageTextRetrieval": Class(
         rename={"question_embeds_itm": "question_embeds", "question_embeds_itc": "question_embeds_alone"}
     ),
+    **{
+        name: Class(call={"output_attentions": True})
+        for name in ("BridgeTowerModel", "BridgeTowerForMaskedLM", "BridgeTowerForImageAndTextRetrieval")
+    },
+    "BridgeTowerForContrastiveLearning": Class(call={"output_attentions": True, "return_loss": True}),
     "CLIPModel": Class(
         rename={**TOWERS, "text_pooler_output": "text_features", "vision_pooler_output": "image_features"},
         call={"return_loss": True},

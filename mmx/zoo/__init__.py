@@ -25,6 +25,7 @@ MODULES = (  # one for each family, or for several close kin
     "bert",
     "blip",
     "blip2",
+    "bridgetower",
     "clip",
     "coca",
     "flava",
