@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from mmx.layers.norms import make_norm
 from mmx.layers.positions import rotate
 from mmx.parallel import constrain
 
@@ -120,6 +121,7 @@ class Attention(nn.Module):
     dtype: Any
     parts: tuple[tuple[str, int], ...] = ()
     value_size: int | None = None
+    inner_norm: str | None = None  # the kind of a norm on what all heads read, before the output projection
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
@@ -145,6 +147,9 @@ class Attention(nn.Module):
         asked = self.is_mutable_collection("attentions") and not self.is_initializing()
         see = self._leave_weights if asked else None
         y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale, see)  # (B, L, H, K)
+        if (kind := self.inner_norm) is not None:
+            read = y.reshape(*y.shape[:2], -1)
+            y = each_part(read, self.parts, lambda end: make_norm(kind, self.eps, self.dtype, "norm" + end)).reshape(y.shape)
 
         def out(end: str) -> nn.Module:
             return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)
