@@ -36,12 +36,14 @@ def stream_of(streams: Streams, modality: str) -> str | None:
     return next((name for name in (modality, FUSED) if name in streams), None)
 
 
-def transform(x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any) -> jax.Array:
+def transform(
+    x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any, norm_first: bool = False
+) -> jax.Array:
     """What stands before the last matrix of a head, called in its compact method: dense layer, activation, LayerNorm."""
-    if size is not None:
-        x = nn.Dense(size, dtype=dtype, name="transform")(x)
-        x = x if activation is None else ACTIVATIONS[activation](x)
-    return x if norm is None else make_norm("layer", norm, dtype, "norm")(x)
+    act = (lambda x: x) if size is None or activation is None else ACTIVATIONS[activation]
+    x = x if size is None else nn.Dense(size, dtype=dtype, name="transform")(x)
+    normed = (lambda x: x) if norm is None else make_norm("layer", norm, dtype, "norm")
+    return act(normed(x)) if norm_first else normed(act(x))
 
 
 class Projection(nn.Module):
@@ -131,6 +133,8 @@ class Classifier(nn.Module):
         norm: eps of a LayerNorm behind that (LXMERT); None: no norm.
         fuse: what becomes of several streams: their mean, sum or product (ViLBERT).
         by_tokens: whether in their mean a stream counts by its tokens, and not as one.
+        pooler: what makes the vector of the one stream for this head alone; None: the model's pooler.
+        norm_first: whether the norm stands before the activation.
     """
 
     classes: int
@@ -141,16 +145,21 @@ class Classifier(nn.Module):
     norm: float | None = None
     fuse: str = "mean"
     by_tokens: bool = False
+    pooler: Pooler | None = None
+    norm_first: bool = False
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(
         self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
     ) -> jax.Array | None:
+        if self.pooler is not None:
+            pooled = {n: self.pooler(streams[n], None) for n in (self.stream,) if n in streams}
         x = self._fused(streams, pooled) if self.stream is None else side_by_side(pooled, self.stream)
         if x is None:
             return None
-        x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
+        size = (self.size or x.shape[-1]) if self.transform else None
+        x = transform(x, size, self.activation, self.norm, self.dtype, self.norm_first)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
     def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
