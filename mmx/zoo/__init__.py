@@ -22,6 +22,7 @@ MODULES = (  # one for each family, or for several close kin
     "albef",
     "audio_spectrogram_transformer",
     "beit",
+    "beit3",
     "bert",
     "blip",
     "blip2",
