@@ -74,6 +74,10 @@ MASKED_REGIONS = {
 }
 CLASSES = {
     "ALBEFMultimodalEncoder": Class("albef"),
+    "BEiT3": Class(
+        "beit3",
+        calls={"text.": those("textual_tokens", "text_padding_position"), "image.": those("visual_tokens")},
+    ),
     "BeitForMaskedImageModeling": Class(calls={"unmasked_": zeros("bool_masked_pos")}),
     "BertForMultiModalPreTraining": Class("vilbert", call={"output_all_encoded_layers": True}),
     "Blip2QFormerModel": Class(

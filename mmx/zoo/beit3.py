@@ -30,8 +30,24 @@ FIRST = 2  # the first row of positions that is read
 class Beit3Config:
     """The fields of torchscale's encoder, and how many classes or answers there are."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"bert_init", "checkpoint_activations", "ddp_rank", "flash_attention", "fsdp", "max_rel_pos", "xpos_scale_base"}
+    without_effect: ClassVar[frozenset[str]] = frozenset(  # of training, and of experts and positions that are refused below
+        {
+            "bert_init",
+            "checkpoint_activations",
+            "ddp_rank",
+            "flash_attention",
+            "fsdp",
+            "max_rel_pos",
+            "moe_eval_capacity_token_fraction",
+            "moe_expert_count",
+            "moe_gating_use_fp32",
+            "moe_normalize_gate_prob_before_dropping",
+            "moe_second_expert_policy",
+            "moe_top1_expert",
+            "scale_length",
+            "use_xmoe",
+            "xpos_scale_base",
+        }
     )
 
     vocab_size: int = 64010
