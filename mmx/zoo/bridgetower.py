@@ -26,6 +26,7 @@ IMAGE_LAYER: Table = {
     "ln_2": "mlp_norm",
 }
 STREAMS = ("text", "image")
+TEXT_POOLER = "text-pooler"  # the tower's own: stored, and read by no published class
 IGNORED = ("token_type_ids", "pixel_mask", "image_token_type_idx", "interpolate_pos_encoding")  # published, and change nothing
 
 
@@ -174,7 +175,7 @@ def _build(c: BridgeTowerConfig, heads: Sequence[str], dtype: str) -> Multimodal
                 eps=c.layer_norm_eps,
                 norms={"image": image.layer_norm_eps},
                 each=not c.share_cross_modal_transformer_layers,
-                towers={"text": False, "image": True} if contrastive else {},
+                towers={"text": False} | ({"image": True} if contrastive else {}),
             ),
         ),
         width=c.hidden_size,
@@ -183,7 +184,7 @@ def _build(c: BridgeTowerConfig, heads: Sequence[str], dtype: str) -> Multimodal
             **dict.fromkeys(STREAMS, Pooler("first", size=c.hidden_size, activation="tanh")),
             **dict.fromkeys(("text_tower", "image_tower"), Pooler("first")),
         },
-        outputs={name: outputs[name] for name in heads},
+        outputs={TEXT_POOLER: Classifier(text.hidden_size, "text_tower", transform=False), **{n: outputs[n] for n in heads}},
         dtype=dtype,
         **bert.block(text),
     )
@@ -203,6 +204,7 @@ def _table(c: BridgeTowerConfig) -> Table:
         "bridgetower.token_type_embeddings.weight": Layout(
             tuple(f"stages_1/{stream}_type_bias" for stream in STREAMS), shape=(1, c.hidden_size)
         ),
+        "bridgetower.text_model.pooler.dense": f"heads_{TEXT_POOLER}/classifier",
         "mlm_score.transform.dense": "heads_masked-lm/transform",
         "mlm_score.transform.LayerNorm": "heads_masked-lm/norm",
         "mlm_score.bias": "heads_masked-lm/decoder_bias",
@@ -243,11 +245,10 @@ def _forward(run: Runner, c: BridgeTowerConfig, inputs: Mapping[str, Any]) -> di
         "hidden_states": _states(r, c.text_config.num_hidden_layers),
         "attentions": tuple(zip(*(r.attentions("stages_1", name) for name in STREAMS), strict=True)),
     }
-    logits = r.out.logits
-    for head, answer in (("masked-lm", _labelled), ("matching", _labelled), ("contrastive", _contrastive)):
-        if head in logits:  # a published class has one of them
-            given = answer(logits[head], inputs)
-            fields |= given if len(logits) == 1 else {f"{head}_{name}": value for name, value in given.items()}
+    answers = {"masked-lm": _labelled, "matching": _labelled, "contrastive": _contrastive}
+    given = {head: answer(r.out.logits[head], inputs) for head, answer in answers.items() if head in r.out.logits}
+    for head, answer in given.items():  # a published class has one of them
+        fields |= answer if len(given) == 1 else {f"{head}_{name}": value for name, value in answer.items()}
     return fields
 
 
@@ -295,7 +296,6 @@ FAMILIES = (
         known=(
             r"position_ids$",
             r"token_type_ids$",
-            r"text_model\.pooler\.",
             r"visual\.ln_separate\.",
             r"^mlm_score\.decoder\.weight$",
         ),
