@@ -13,7 +13,7 @@ from mmx.losses import cross_entropy
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Bridge, PerStream
 from mmx.zoo import bert, blip, clip, roberta
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import Family, Run, Runner, channels_last, whole_patches
 from mmx.zoo.siglip import attention_table
 from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
@@ -31,17 +31,12 @@ IGNORED = ("token_type_ids", "pixel_mask", "image_token_type_idx", "interpolate_
 
 
 @dataclasses.dataclass(frozen=True)
-class BridgeTowerTextConfig:
+class BridgeTowerTextConfig(Words):
     """The published fields of the text tower, which are those of the cross-modal layers, too."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"is_decoder"})  # never called as one
 
     vocab_size: int = 50265
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     max_position_embeddings: int = 514
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-5
