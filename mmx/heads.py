@@ -36,12 +36,14 @@ def stream_of(streams: Streams, modality: str) -> str | None:
     return next((name for name in (modality, FUSED) if name in streams), None)
 
 
-def transform(x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any) -> jax.Array:
+def transform(
+    x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any, norm_first: bool = False
+) -> jax.Array:
     """What stands before the last matrix of a head, called in its compact method: dense layer, activation, LayerNorm."""
-    if size is not None:
-        x = nn.Dense(size, dtype=dtype, name="transform")(x)
-        x = x if activation is None else ACTIVATIONS[activation](x)
-    return x if norm is None else make_norm("layer", norm, dtype, "norm")(x)
+    act = (lambda x: x) if size is None or activation is None else ACTIVATIONS[activation]
+    x = x if size is None else nn.Dense(size, dtype=dtype, name="transform")(x)
+    normed = (lambda x: x) if norm is None else make_norm("layer", norm, dtype, "norm")
+    return act(normed(x)) if norm_first else normed(act(x))
 
 
 class Projection(nn.Module):
@@ -124,33 +126,40 @@ class Classifier(nn.Module):
 
     Args:
         classes: how many.
-        stream: whose vector is read; None: those of all that are there, as `fuse` says.
+        stream: whose vector is read; several: theirs, side by side; None: those of all that are there, as `fuse` says.
         transform: whether a dense layer stands before the last one.
         size: of that dense layer; None: as many as it reads.
         activation: behind it.
         norm: eps of a LayerNorm behind that (LXMERT); None: no norm.
         fuse: what becomes of several streams: their mean, sum or product (ViLBERT).
         by_tokens: whether in their mean a stream counts by its tokens, and not as one.
+        pooler: what makes the vector of the one stream for this head alone; None: the model's pooler.
+        norm_first: whether the norm stands before the activation.
     """
 
     classes: int
-    stream: str | None = None
+    stream: str | tuple[str, ...] | None = None
     transform: bool = True
     size: int | None = None
     activation: str | None = "tanh"
     norm: float | None = None
     fuse: str = "mean"
     by_tokens: bool = False
+    pooler: Pooler | None = None
+    norm_first: bool = False
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(
         self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
     ) -> jax.Array | None:
-        if self.stream is not None and self.stream not in pooled:
+        if self.pooler is not None:
+            pooled = {n: self.pooler(streams[n], None) for n in (self.stream,) if n in streams}
+        x = self._fused(streams, pooled) if self.stream is None else side_by_side(pooled, self.stream)
+        if x is None:
             return None
-        x = self._fused(streams, pooled) if self.stream is None else pooled[self.stream]
-        x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
+        size = (self.size or x.shape[-1]) if self.transform else None
+        x = transform(x, size, self.activation, self.norm, self.dtype, self.norm_first)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
     def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
@@ -163,6 +172,38 @@ class Classifier(nn.Module):
             return jnp.where(present, each, 1).prod(1)
         total = (each * present.astype(each.dtype)).sum(1)
         return total if self.fuse == "sum" else total / jnp.maximum(present.sum(1), 1).astype(each.dtype)
+
+
+def side_by_side(pooled: Mapping[str, jax.Array], streams: str | tuple[str, ...]) -> jax.Array | None:
+    """The vector of a stream, or those of several along the width, `(B, D)`; None where one of them is absent."""
+    names = (streams,) if isinstance(streams, str) else streams
+    return jnp.concatenate([pooled[n] for n in names], -1) if all(n in pooled for n in names) else None
+
+
+class Similarity(nn.Module):
+    """Unit vectors in a shared space of what stands for itself, for another modality, or for both: `{name: (B, E)}` float32.
+
+    Beside the model's own shared space, which has one vector for each modality; `scale` is its inverse temperature.
+
+    Args:
+        size: of the space, E.
+        streams: for each name the stream whose vector is mapped, or several, whose vectors stand side by side.
+        logit_scale: first value of the inverse temperature.
+    """
+
+    size: int
+    streams: Mapping[str, str | tuple[str, ...]]
+    logit_scale: float = 1 / 0.07
+    dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
+    ) -> dict[str, jax.Array]:
+        there = {name: x for name, of in self.streams.items() if (x := side_by_side(pooled, of)) is not None}
+        units = {name: Projection(self.size, True, self.dtype, name=name)(x) for name, x in there.items()}
+        scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale)), ())
+        return {**units, "scale": jnp.exp(scale)}
 
 
 class TokenClassifier(nn.Module):

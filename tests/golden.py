@@ -74,6 +74,10 @@ MASKED_REGIONS = {
 }
 CLASSES = {
     "ALBEFMultimodalEncoder": Class("albef"),
+    "BEiT3": Class(
+        "beit3",
+        calls={"text.": those("textual_tokens", "text_padding_position"), "image.": those("visual_tokens")},
+    ),
     "BeitForMaskedImageModeling": Class(calls={"unmasked_": zeros("bool_masked_pos")}),
     "BertForMultiModalPreTraining": Class("vilbert", call={"output_all_encoded_layers": True}),
     "Blip2QFormerModel": Class(
@@ -95,6 +99,11 @@ CLASSES = {
     "BlipForImageTextRetrieval": Class(
         rename={"question_embeds_itm": "question_embeds", "question_embeds_itc": "question_embeds_alone"}
     ),
+    **{
+        name: Class(call={"output_attentions": True})
+        for name in ("BridgeTowerModel", "BridgeTowerForMaskedLM", "BridgeTowerForImageAndTextRetrieval")
+    },
+    "BridgeTowerForContrastiveLearning": Class(call={"output_attentions": True, "return_loss": True}),
     "CLIPModel": Class(
         rename={**TOWERS, "text_pooler_output": "text_features", "vision_pooler_output": "image_features"},
         call={"return_loss": True},

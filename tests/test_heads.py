@@ -6,7 +6,7 @@ import pytest
 
 import mmx
 from mmx.errors import InputError
-from mmx.heads import Classifier, TiedDecoder, TokenClassifier
+from mmx.heads import Classifier, Pooler, Similarity, TiedDecoder, TokenClassifier
 from mmx.modalities import Features, Ids
 from mmx.topologies import PerStream
 
@@ -18,6 +18,9 @@ def setting():
     outputs = {
         "product": Classifier(3, fuse="product", transform=False),
         "sum": Classifier(3, fuse="sum", transform=False),
+        "beside": Classifier(3, ("text", "image"), transform=False),
+        "space": Similarity(5, {"text": "text", "pair": ("image", "text")}),
+        "own": Classifier(3, "text", activation="relu", norm=1e-12, norm_first=True, pooler=Pooler("last")),
         "wide": Classifier(3, "text", size=10, activation="relu", norm=1e-12),
         "tokens": TokenClassifier(4, "image", activation="relu", norm=1e-12),
         "several": TokenClassifier({"a": 2, "b": 3}, "image", transform=False),
@@ -54,9 +57,27 @@ def test_streams_that_are_fused(setting):
         Classifier(3, fuse="prodct").init(jax.random.key(0), out.streams, out.pooled, {})
 
 
+def test_streams_side_by_side(setting):
+    model, params, batch, out = setting
+    text, image = (out.streams[n].values.mean(1) for n in ("text", "image"))
+    found = dense(np.concatenate([text, image], -1), params["heads_beside"]["classifier"])
+    np.testing.assert_allclose(out.logits["beside"], found, atol=1e-4)
+    for name, x in (("text", text), ("pair", np.concatenate([image, text], -1))):
+        x = dense(x, params["heads_space"][name]["projection"])
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        np.testing.assert_allclose(out.logits["space"][name], x, atol=1e-5)
+    np.testing.assert_allclose(out.logits["space"]["scale"], np.exp(params["heads_space"]["logit_scale"]), rtol=1e-6)
+    alone = model.apply({"params": params}, {"text": batch["text"]}).logits
+    assert "beside" not in alone and set(alone["space"]) == {"text", "scale"}
+
+
 def test_what_stands_before_the_last_matrix(setting):
     _, params, _, out = setting
     text, image = out.streams["text"].values, out.streams["image"].values
+    p = params["heads_own"]
+    x = dense(text[:, -1], p["transform"])
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * p["norm"]["scale"] + p["norm"]["bias"]
+    np.testing.assert_allclose(out.logits["own"], dense(np.maximum(x, 0), p["classifier"]), atol=1e-4)
     p = params["heads_wide"]
     np.testing.assert_allclose(out.logits["wide"], dense(transformed(text.mean(1), p), p["classifier"]), atol=1e-4)
     p = params["heads_tokens"]

@@ -44,6 +44,21 @@ def test_attend_equals_numpy(rng, kv_heads, masked):
     np.testing.assert_allclose(attend(query, key, value, *arguments), numpy_attention(query, key, value, allowed), atol=2e-6)
 
 
+def test_weights_of_attention_are_left_where_they_are_asked_for(rng):
+    x, mask = rng.standard_normal((2, 3, 8)).astype("f"), np.asarray([[True, True, False], [False] * 3])
+    stack = Stack(2, SMALL)
+    params = stack.init(jax.random.key(0), x)
+    assert set(params) == {"params"}
+    _, left = stack.apply(params, x, Sight(mask), mutable=["attentions"])
+    weights = left["attentions"]["layers"]["block"]["self"]["weights"]  # (depth, B, H, L, L)
+    own = jax.tree.map(lambda p: p[0], params["params"]["layers"]["block"])
+    y = make_norm("layer", SMALL.eps, "float32", "norm").apply({"params": own["self_norm"]}, x[0])
+    query, key = (jnp.einsum("ld,dhk->hlk", y, own["self"][n]["kernel"]) for n in ("query", "key"))
+    scores = np.exp(query @ key.swapaxes(1, 2) / 2) * mask[0]
+    np.testing.assert_allclose(weights[0, 0], scores / scores.sum(-1, keepdims=True), atol=1e-6)
+    assert weights.shape == (2, 2, 2, 3, 3) and not np.any(weights[:, 1])
+
+
 def test_rows_without_keys_give_zero_in_value_and_gradient(rng):
     x = rng.standard_normal((2, 4, 2, 3)).astype(np.float32)
     mask = np.array([[True] * 4, [False] * 4])
@@ -182,6 +197,7 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean(rng):
         {"layer_scale": 0.1},
         {"kv_heads": 1},
         {"bias": False},
+        {"inner_norm": True},
     ],
 )
 def test_every_option_changes_the_block_and_has_gradients(rng, change):
@@ -189,6 +205,38 @@ def test_every_option_changes_the_block_and_has_gradients(rng, change):
     value, gradient = stack_output(dataclasses.replace(SMALL, **change), x, depth=1)
     assert value != stack_output(SMALL, x, depth=1)[0]
     assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradient) if g.ndim > 2)
+
+
+def test_norms_stand_inside_before_the_last_matrix(rng):
+    """A multiway block: every stream's own norms, over all heads of attention and over the hidden layer of the MLP."""
+    parts, config = (("a", 2), ("b", 3)), dataclasses.replace(SMALL, inner_norm=True, activation="relu", eps=1e-3)
+    x = rng.standard_normal((1, 5, 8)).astype(np.float32)
+    block = Block(config, "self mlp", parts, ("attention", "mlp"))
+    params = block.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), params)
+    assert params["self"]["norm_a"]["scale"].shape == (8,) and params["mlp_b"]["norm"]["scale"].shape == (16,)
+
+    def norm(x, p):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * p["scale"] + p["bias"]
+
+    def each(y, apply):
+        return np.concatenate([apply(y[:2], "a"), apply(y[2:], "b")])
+
+    p, y = params["self"], norm(x[0], params["self_norm"])
+    q, k, v = (
+        each(y, lambda t, m, n=n: np.einsum("ld,dhk->lhk", t, p[f"{n}_{m}"]["kernel"]) + p[f"{n}_{m}"]["bias"])
+        for n in ("query", "key", "value")
+    )
+    heads = numpy_attention(q[None], k[None], v[None], np.ones((1, 5, 5), bool))[0].reshape(5, 8)
+    out = each(heads, lambda t, m: norm(t, p[f"norm_{m}"]) @ p[f"out_{m}"]["kernel"].reshape(8, 8) + p[f"out_{m}"]["bias"])
+    z = x[0] + out
+    p, y = params, norm(z, params["mlp_norm"])
+
+    def mlp(t, m):
+        up, down = p[f"mlp_{m}"]["up"], p[f"mlp_{m}"]["down"]
+        return norm(np.maximum(t @ up["kernel"] + up["bias"], 0), p[f"mlp_{m}"]["norm"]) @ down["kernel"] + down["bias"]
+
+    np.testing.assert_allclose(block.apply({"params": params}, x)[0], z + each(y, mlp), atol=2e-3, rtol=1e-4)
 
 
 def test_post_norm_ends_normalised(rng):

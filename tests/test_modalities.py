@@ -220,6 +220,20 @@ def test_embeddings_are_scaled_where_they_are_read(rng):
     np.testing.assert_allclose(module.apply({"params": params}, x, method="decode"), x @ table.T, atol=1e-5)
 
 
+def test_positions_may_begin_behind_rows_that_nobody_reads(rng):
+    words, image = Ids(9, 4, width=8, position_from=2), Patches((4, 4), (2, 2), 1, width=8, special=("class",),
+                                                                special_position=True, position_from=2)  # fmt: skip
+    raw = {"words": np.asarray([[1, 2, 5]]), "image": rng.standard_normal((1, 4, 4, 1)).astype("f")}
+    for module, x, count in ((words, raw["words"], 4), (image, raw["image"], 5)):
+        params = module.init(jax.random.key(0), x)["params"]
+        assert params["position"].shape == (2 + count, 8)
+        plain = module.clone(position_from=0).apply({"params": {**params, "position": params["position"][2:]}}, x)
+        np.testing.assert_array_equal(module.apply({"params": params}, x).values, plain.values)
+    told = words.apply({"params": (p := words.init(jax.random.key(0), raw["words"])["params"])},
+                       {"ids": raw["words"], "place": np.asarray([[0, 1, 2]])})  # fmt: skip
+    np.testing.assert_array_equal(told.values, words.apply({"params": p}, raw["words"]).values)
+
+
 def test_a_raw_value_tells_places_groups_and_slots():
     module = Ids(9, 4, width=8, special=("class",))
     ids, place = np.asarray([[1, 2, 5]]), np.asarray([[2, 0, 1]])

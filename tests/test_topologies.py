@@ -21,6 +21,7 @@ from mmx.topologies import (
     TOPOLOGIES,
     Adapt,
     Bottleneck,
+    Bridge,
     Cross,
     Gather,
     Insert,
@@ -338,6 +339,31 @@ def test_cross_may_read_the_original_tokens(rng):
             p = reference.layer(params["layers"]["image"], i)
             x = reference.block(x, p, np.asarray(streams["text"].values[example]), "cross mlp")
         np.testing.assert_allclose(outs[True]["image"].values[example], reference.norm(x, params["image_norm"]), atol=2e-4)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_layers_take_in_the_states_of_towers(rng, each):
+    streams = make_streams(rng, (4, 3), masked=False)  # 8 wide: two states of 4
+    stage = Bridge(2, BLOCK, "cross mlp", norms={"image": 1e-6}, each=each, towers={"image": True, "text": False})
+    (params,) = init_stages([stage], streams, rng)
+    out = apply_stages([stage], [params], streams)
+    assert params["text_project"]["kernel"].shape == ((2, 4, 8) if each else (4, 8))
+    for example in range(3):
+        states = {n: np.split(np.asarray(t.values[example], np.float64), 2, -1) for n, t in streams.items()}
+        np.testing.assert_array_equal(out["text_tower"].values[example], states["text"][1].astype("f"))
+        states["image"] = [reference.norm(x, params["image_tower_norm"]) for x in states["image"]]
+        z = {"image": 0.0, "text": 0.0}
+        for i in range(2):
+            for n in z:
+                p = reference.layer(params[f"{n}_project"], i) if each else params[f"{n}_project"]
+                z[n] = z[n] + (mapped := states[n][i] @ p["kernel"] + p["bias"] + params[f"{n}_type_bias"])
+                z[n] = reference.norm(z[n], reference.layer(params["layers"][f"{n}_bridge_norm"], i))
+                if n == "image" and i == 1:
+                    np.testing.assert_allclose(out["image_tower"].values[example], mapped, atol=2e-5)
+            blocks = {n: reference.layer(params["layers"][n], i) for n in z}
+            z = {n: reference.block(z[n], blocks[n], z["text" if n == "image" else "image"], "cross mlp") for n in z}
+        for n, x in z.items():
+            np.testing.assert_allclose(out[n].values[example], reference.norm(x, params[f"{n}_norm"]), atol=2e-4)
 
 
 @pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": Buckets(8)}])
@@ -910,6 +936,7 @@ def test_wrong_topologies_are_refused():
     for stage, message in (
         (PerStream(2, BLOCK, taken={"text": (3,)}), "'text' has layers 0 to 2"),
         (Insert(activation="rlu"), "did you mean 'relu'"),
+        (Bridge(3, BLOCK), "'text' is 8 wide, which is not one state for each of 3 layers"),
     ):
         with pytest.raises(InputError, match=message):
             stage.init(jax.random.key(0), streams)

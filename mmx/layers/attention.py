@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from mmx.layers.norms import make_norm
 from mmx.layers.positions import rotate
 from mmx.parallel import constrain
 
@@ -61,6 +62,7 @@ def attend(
     visible: np.ndarray | jax.Array | None = None,
     bias: Float[Array, "*B H Lq Lk"] | None = None,
     scale: float | None = None,
+    see: Callable[[jax.Array], Any] | None = None,
 ) -> Float[Array, "B Lq H V"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
 
@@ -72,6 +74,7 @@ def attend(
         visible: the rule who may see whom, `(Lq, Lk)`, a constant; or by example, `(B, 1, Lq, Lk)`.
         bias: added to the scores, `(H, Lq, Lk)` or `(B, H, Lq, Lk)`.
         scale: factor of the scores; None: 1 / sqrt(K).
+        see: is called with the weights, `(B, H, Lq, Lk)` float32, by who wants to look at them.
 
     Returns:
         `(B, Lq, H, V)`. A query that may see no key gets zeros, in value and in gradient.
@@ -89,16 +92,20 @@ def attend(
         scores = jnp.where(visible, scores, LOWEST)
     highest = jnp.maximum(scores.max(-1, keepdims=True), LOWEST / 2)  # so that a row without keys has weights of zero
     weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
-    total = weights.sum(-1)  # (B, H, Lq); at least 1 in a row with keys
-    total = jnp.where(total == 0, 1, total).swapaxes(1, 2)[..., None]  # (B, Lq, H, 1)
+    total = weights.sum(-1, keepdims=True)  # (B, H, Lq, 1); at least 1 in a row with keys
+    total = jnp.where(total == 0, 1, total)
+    if see is not None:
+        see(weights / total)
     # The softmax's division comes last, as in FlashAttention (arXiv 2205.14135): K numbers a query, and not Lk.
     weights = weights.astype(value.dtype)
-    out = jnp.einsum("bhqm,bmhk->bqhk", weights, value, preferred_element_type=jnp.float32) / total
+    out = jnp.einsum("bhqm,bmhk->bqhk", weights, value, preferred_element_type=jnp.float32) / total.swapaxes(1, 2)
     return out.astype(value.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head attention of `x (B, L, D)` to itself, or to `context (B, M, D')`.
+
+    Who applies a model with `mutable=["attentions"]` reads the weights `(depth, B, H, L, M)` there, as `weights`.
 
     `parts` have projections of their own: `(name, length)` of each stream that `x` is a concatenation of.
     """
@@ -114,6 +121,7 @@ class Attention(nn.Module):
     dtype: Any
     parts: tuple[tuple[str, int], ...] = ()
     value_size: int | None = None
+    inner_norm: str | None = None  # the kind of a norm on what all heads read, before the output projection
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
@@ -136,9 +144,17 @@ class Attention(nn.Module):
         if self.rotary and context is None:
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
-        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale)  # (B, L, H, K)
+        asked = self.is_mutable_collection("attentions") and not self.is_initializing()
+        see = self._leave_weights if asked else None
+        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale, see)  # (B, L, H, K)
+        if (kind := self.inner_norm) is not None:
+            read = y.reshape(*y.shape[:2], -1)
+            y = each_part(read, self.parts, lambda end: make_norm(kind, self.eps, self.dtype, "norm" + end)).reshape(y.shape)
 
         def out(end: str) -> nn.Module:
             return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)
 
         return each_part(y, self.parts, out)
+
+    def _leave_weights(self, weights: Any) -> None:
+        self.sow("attentions", "weights", weights, reduce_fn=lambda _, new: new, init_fn=lambda: None)

@@ -75,6 +75,8 @@ class BlockConfig:
     """Relative positions: `Buckets` (T5), `Grid` (BEiT), `Axes` (LayoutLMv3), or None."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (ViT-22B)."""
+    inner_norm: bool = False
+    """Whether norms stand inside self-attention and the MLP, too, before their last matrix (Magneto, arXiv 2210.06423)."""
     layer_scale: float | None = None
     """Initial value of a learned scale on every residual branch (CaiT); None: no scale."""
     skip: bool = False
@@ -164,6 +166,7 @@ class Block(nn.Module):
     ) -> jax.Array:
         """`only` runs one sublayer, by its name."""
         c = self.config
+        inner = c.norm_kind if c.inner_norm else None
         attentions, mlps, norms = (self.parts if what in self.multiway else () for what in MULTIWAY)
         for name, kind in sublayer_names(self.sublayers):
             if only not in (None, name) or (c.skip and kind == "cross" and context is None):
@@ -185,7 +188,9 @@ class Block(nn.Module):
                 y = each_part(
                     y,
                     mlps,
-                    lambda end, name=name: MLP(c.mlp or 4 * c.width, c.activation, c.gated, c.bias, c.dtype, name=name + end),
+                    lambda end, name=name: MLP(
+                        c.mlp or 4 * c.width, c.activation, c.gated, c.bias, c.dtype, inner, c.eps, name=name + end
+                    ),
                 )
             else:
                 attention = Attention(
@@ -200,6 +205,7 @@ class Block(nn.Module):
                     rotary=c.rotary,
                     dtype=c.dtype,
                     parts=attentions,
+                    inner_norm=None if kind == "cross" else inner,
                     name=name,
                 )
                 if kind in ("time", "space"):

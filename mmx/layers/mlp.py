@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.layers.norms import make_norm
 from mmx.parallel import constrain
 
 ACTIVATIONS = {
@@ -20,13 +21,18 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between them, multiplied by a gate if there is one: `(B, L, D) -> (B, L, D)`."""
+    """Two dense layers with an activation between them, multiplied by a gate if there is one: `(B, L, D) -> (B, L, D)`.
+
+    `inner_norm` is the kind of a norm before the last matrix; None: none.
+    """
 
     hidden: int
     activation: str
     gated: bool
     bias: bool
     dtype: Any
+    inner_norm: str | None = None
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -35,4 +41,6 @@ class MLP(nn.Module):
         if self.gated:
             h = h * nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
         h = constrain(h, "batch", "length", "mlp")
+        if self.inner_norm is not None:
+            h = make_norm(self.inner_norm, self.eps, self.dtype, "norm")(h)
         return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)

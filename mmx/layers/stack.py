@@ -27,7 +27,7 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
         layer = nn.remat(layer, prevent_cse=False, policy=POLICIES[config.remat])
     return nn.scan(
         layer,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "attentions": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=depth,

@@ -55,6 +55,8 @@ class Embedder(nn.Module, kw_only=True):
             mapped linearly.
         special: learned tokens in front, by name: ("class",), ("class", "distillation").
         special_position: whether the learned positions begin with one for each special token (ViT).
+        position_from: the row of the learned positions that the first token reads; what is before it is nobody's (fairseq's
+            tables, such as BEiT-3's, begin at 2).
         mask_token: whether there is a learned token for what is hidden.
         type: whether a learned vector tells the modality (ViLT, FLAVA).
         type_outside: whether that vector is added behind the norm (the text of ViLT), and not before it.
@@ -72,6 +74,7 @@ class Embedder(nn.Module, kw_only=True):
     vectors: Mapping[str, int] = dataclasses.field(default_factory=dict)
     special: tuple[str, ...] = ()
     special_position: bool = False
+    position_from: int = 0
     mask_token: bool = False
     type: bool = False
     type_outside: bool = False
@@ -231,7 +234,7 @@ class Embedder(nn.Module, kw_only=True):
             time = self.param("time_position", INITIAL, (self.grid[0], self.width))
             frame = resample(table[front:], self.grid[1:], grid[1:])
             return (resample(time, self.grid[:1], grid[:1])[:, None] + frame).reshape(-1, frame.shape[-1])
-        table = self._position_table(front + int(np.prod(self.grid)))
+        table = self._position_table(self.position_from + front + int(np.prod(self.grid)))[self.position_from :]
         if place is not None:
             return table[place]
         table = table[front:]
@@ -254,7 +257,7 @@ class Embedder(nn.Module, kw_only=True):
         count = len(self.special)
         special = self.param("special", INITIAL, (count, self.width)).astype(self.dtype)
         if self.special_position:
-            special = special + self.get_variable("params", "position")[:count].astype(self.dtype)
+            special = special + self.get_variable("params", "position")[self.position_from :][:count].astype(self.dtype)
         values = jnp.concatenate([jnp.broadcast_to(special, (len(values), *special.shape)), values], 1)
         if mask is not None:
             mask = jnp.concatenate([jnp.repeat(mask.any(-1, keepdims=True), count, 1), mask], 1)

@@ -10,6 +10,7 @@ from mmx.errors import InputError, unknown
 from mmx.layers import BlockConfig
 from mmx.topologies.adapt import Adapt
 from mmx.topologies.bottleneck import bottleneck
+from mmx.topologies.bridge import Bridge
 from mmx.topologies.catalogue import list as list
 from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
@@ -53,6 +54,7 @@ __all__ = [
     "TOPOLOGIES",
     "Adapt",
     "Bottleneck",
+    "Bridge",
     "Cross",
     "Gather",
     "Insert",

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mmx.topologies.bridge import Bridge
 from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
@@ -77,12 +78,21 @@ PUBLISHED = (
     Published("AI Choreographer (FACT)", "multi-stream", "late", "audio pose", multi_to_one(2, 12)),
     Published("METER, merged attention", "multi-stream", "late", "image text", multi_to_one(12, 6)),
     Published(
-        "METER, co-attention; BridgeTower",
+        "METER, co-attention",
         "multi-stream",
         "late",
         "image text",
-        (PerStream(6), Cross(6, sublayers="self cross mlp")),
-        "BridgeTower adds each layer of its towers to the exchange",
+        (PerStream(12), Cross(6, sublayers="self cross mlp")),
+    ),
+    Published(
+        "BridgeTower",
+        "multi-stream",
+        "late",
+        "image text",
+        (
+            PerStream(12, taken=dict.fromkeys(("image", "text"), tuple(range(7, 13)))),
+            Bridge(6, sublayers="self cross mlp"),
+        ),
     ),
     Published("HERO", "hybrid-stream", "early", "text video", (Joint(6), PerStream({"video": 3}))),
     Published("InterBERT", "hybrid-stream", "early", "image text", one_to_multi(6, 6)),

@@ -143,7 +143,7 @@ class Latent(Stage):
         again = nn.scan(
             lambda stack, x, _: (stack(x), None),
             variable_broadcast="params",
-            variable_axes={"intermediates": 0},
+            variable_axes={"intermediates": 0, "attentions": 0},
             split_rngs={"params": False, "dropout": True},
             length=self.blocks,
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, sublayer_names
+from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, make_norm, sublayer_names
 from mmx.layers.block import SUBLAYERS
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
 from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
@@ -185,10 +185,12 @@ class Cross(Stage):
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
-        if self.depth == 0:
-            return streams
+        return self._exchange(streams, {})
+
+    def _exchange(self, streams: Streams, arriving: dict[str, jax.Array], eps: float = 0.0) -> Streams:
+        """Runs the layers; before each of them a stream takes in what arrives there, `(depth, B, L, D)`, and is normalised."""
         active = [name for name in streams if self.steps is None or name in self.steps]
-        if not active:
+        if self.depth == 0 or not active:
             return streams
         blocks = {name: given(self.block, self, name) for name in active}
         owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in SUBLAYERS}
@@ -208,10 +210,11 @@ class Cross(Stage):
             for name, tokens in streams.items()
         }
         first = next(iter(blocks.values()))
-        layers = scan_layers(_CrossLayer, self.depth, first)(blocks, self.sublayers, sources, owners, together, name="layers")
+        layers = scan_layers(_CrossLayer, self.depth, first)
+        layers = layers(blocks, self.sublayers, sources, owners, together, eps, name="layers")
         carry = {name: streams[name].values for name in active}
         rates = {name: drop_path_rates(self.depth, block) for name, block in blocks.items()}
-        carry, _ = layers(carry, rates, (sights, entered))
+        carry, _ = layers(carry, (rates, arriving), (sights, entered))
         ends = {name: SHARED if {*self.share} >= {*self.sublayers.split()} else name for name in active}
         carry = norm_each(carry, ends, blocks)
         return {name: dataclasses.replace(t, values=carry.get(name, t.values)) for name, t in streams.items()}
@@ -237,12 +240,19 @@ class _CrossLayer(nn.Module):
     sources: Mapping[str, tuple[str, ...]]
     owners: Mapping[str, Mapping[str, str]]
     together: tuple[str, ...]
+    eps: float  # of the norm on what arrives
 
     @nn.compact
     def __call__(
-        self, values: dict[str, jax.Array], rates: dict[str, jax.Array], shared: tuple[dict[str, Sight], Streams]
+        self,
+        values: dict[str, jax.Array],
+        own: tuple[dict[str, jax.Array], dict[str, jax.Array]],
+        shared: tuple[dict[str, Sight], Streams],
     ) -> tuple[dict[str, jax.Array], None]:
-        sights, entered = shared
+        (rates, arriving), (sights, entered) = own, shared
+        for name, x in arriving.items():
+            norm = make_norm("layer", self.eps, self.configs[name].dtype, f"{name}_bridge_norm")
+            values = {**values, name: norm(values[name] + x)}
         configs = {owner[name]: config for name, config in self.configs.items() for owner in self.owners.values()}
         relative = {
             o: relative_positions(configs[o], f"{o}_relative", each=True) for o in dict.fromkeys(self.owners["self"].values())

@@ -25,6 +25,7 @@ class Run:
 
     out: Outputs
     intermediates: Mapping[str, Any]
+    weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of attention, where a call asks for them
 
     def states(self, stage: str, *streams: str) -> list[jax.Array]:
         """The states of a stream before the first layer of the first stage it goes through, and after each: `(B, L, D)`.
@@ -40,6 +41,12 @@ class Run:
         inner = inner.get(stream, inner.get("stack", inner))
         states = inner.get("layers", {}).get("states", ())
         return list(states[stream] if isinstance(states, Mapping) else states)
+
+    def attentions(self, stage: str, stream: str, sublayer: str = "self") -> list[jax.Array]:
+        """The weights of each layer's attention in a stage, `(B, H, L, L)`; none where a call does not ask for them."""
+        inner = self.weights.get(stage, {})
+        block = inner.get(stream, {}).get("layers", {}).get("block") or inner.get("layers", {}).get(stream, {})
+        return list(block[sublayer]["weights"]) if block else []
 
     def gathered(self, gather: str, stage: str) -> list[jax.Array]:
         """The states of the stream that the stage `gather` made, before the first layer of the stage behind it and after each."""

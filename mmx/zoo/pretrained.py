@@ -23,6 +23,8 @@ from mmx.zoo.config import parse, to_published
 from mmx.zoo.family import Chosen, Family, Run, as_batch
 from mmx.zoo.preprocess import FILES, Preprocessing
 
+INSIDE = ("hidden_states", "attentions")  # what the names of fields end with that tell of the inside
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -49,18 +51,21 @@ class Pretrained:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, output_hidden_states: bool = False, **inputs: Any) -> dict[str, Any]:
+    def __call__(self, output_hidden_states: bool = False, output_attentions: bool = False, **inputs: Any) -> dict[str, Any]:
         """Published inputs (`pixel_values` as (B, C, H, W), `input_ids`, `attention_mask`, `labels`, ...) to published outputs.
 
         Args:
             output_hidden_states: whether `hidden_states` are among them: a tuple, the embeddings first.
+            output_attentions: whether `attentions`, the weights of attention, are among them, where the family returns any.
             **inputs: arrays, and flags and numbers such as `return_loss=True`; what is None is not there.
 
         Raises:
             InputError: an input this family does not have.
         """
         flags, arrays = _split(inputs)
-        fields = _forward(self.family, self.model, self.config, output_hidden_states, flags, self.params, as_batch(arrays))
+        asked = {"hidden_states": output_hidden_states, "attentions": output_attentions}
+        wanted = tuple(name for name, wants in asked.items() if wants)
+        fields = _forward(self.family, self.model, self.config, wanted, flags, self.params, as_batch(arrays))
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
@@ -119,7 +124,7 @@ def _generate(
         now = {**inputs, **beside, names.ids: ids, names.mask: mask}
         if names.places:
             now["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-        return _forward(family, model, config, False, flags, params, now)["logits"]
+        return _forward(family, model, config, (), flags, params, now)["logits"]
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         ids, mask, written = carry
@@ -136,23 +141,31 @@ def _generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _forward(
-    family: Family, model: MultimodalTransformer, config: Any, states: bool, flags: Flags, params: Params, inputs: Batch
+    family: Family,
+    model: MultimodalTransformer,
+    config: Any,
+    wanted: tuple[str, ...],
+    flags: Flags,
+    params: Params,
+    inputs: Batch,
 ) -> dict[str, Any]:
+    left = ["intermediates", *({"attentions"} & {*wanted})]
+
     def run(batch: Batch, causal: Sequence[str] = (), stages: int | None = None) -> Run:
-        out, more = model.apply({"params": params}, batch, tuple(causal), stages, mutable=["intermediates"])
-        return Run(out, more["intermediates"])  # type: ignore[arg-type]
+        out, more = model.apply({"params": params}, batch, tuple(causal), stages, mutable=left)
+        return Run(out, more["intermediates"], more.get("attentions", {}))  # type: ignore[arg-type]
 
     read = _Inputs({**inputs, **dict(flags)}, family.name)
     fields = family.forward(run, config, read)
     if ignored := set(read) - read.taken:
         raise InputError(f"{family.name}: " + unknown("input", sorted(ignored)[0], read.taken))
-    return _present(fields, states)
+    return _present(fields, tuple(name for name in INSIDE if name not in wanted))
 
 
-def _present(fields: Mapping[str, Any], states: bool) -> dict[str, Any]:
-    """The fields that have a value, hidden states only if they were asked for."""
-    inner = {n: _present(v, states) if isinstance(v, Mapping) else v for n, v in fields.items()}
-    return {n: v for n, v in inner.items() if v is not None and (states or not n.endswith("hidden_states"))}
+def _present(fields: Mapping[str, Any], unwanted: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that have a value, those of the inside only if they were asked for."""
+    inner = {n: _present(v, unwanted) if isinstance(v, Mapping) else v for n, v in fields.items()}
+    return {n: v for n, v in inner.items() if v is not None and not n.endswith(unwanted)}
 
 
 def _chosen(x: Any) -> bool:

@@ -11,6 +11,7 @@ from mmx.errors import InputError
 from mmx.heads import Classifier, Pooler, TiedDecoder
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
+from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner
@@ -70,7 +71,8 @@ def places(ids: Any, padding: int) -> jax.Array:
     return jnp.cumsum(real, 1) * real + padding
 
 
-def _forward(run: Runner, c: RobertaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def read_text(c: Any, inputs: Mapping[str, Any]) -> Masked:
+    """What `bert.read_text` reads, each id in the place that RoBERTa gives it where `position_ids` are not there."""
     raw = bert.read_text(inputs)
     if "place" not in raw.array:
         ids, longest = raw.array["ids"], c.max_position_embeddings - c.pad_token_id - 1
@@ -79,7 +81,11 @@ def _forward(run: Runner, c: RobertaConfig, inputs: Mapping[str, Any]) -> dict[s
                 f"input_ids: {ids.shape[1]} tokens; places are counted from {c.pad_token_id + 1}, up to {longest} fit"
             )
         raw = dataclasses.replace(raw, array={**raw.array, "place": places(ids, c.pad_token_id)})
-    r = run({"text": raw})
+    return raw
+
+
+def _forward(run: Runner, c: RobertaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    r = run({"text": read_text(c, inputs)})
     heads: Any = r.out.logits
     words, classes = heads.get("masked-lm"), heads.get("classification")
     logits = words if words is not None else classes
