@@ -340,6 +340,39 @@ def test_cross_may_read_the_original_tokens(rng):
         np.testing.assert_allclose(outs[True]["image"].values[example], reference.norm(x, params["image_norm"]), atol=2e-4)
 
 
+def test_each_pair_may_have_layers_of_its_own_and_read_the_past_only(rng):
+    """Side by side along the width; a token reads as far as it stands, and further by what the lengths differ."""
+    streams = make_streams(rng, (4, 3, 2), masked=False)
+    edges = {"image": ("text", "audio"), "text": ("image",)}
+    stage = Cross(2, BLOCK, "cross mlp", edges, original=True, past=True, apart=True)
+    (params,) = init_stages([stage], streams, rng)
+    out = apply_stages([stage], [params], streams)
+    assert out["audio"].values is not None and set(params["layers"]) == {"image_text", "image_audio", "text_image"}
+    np.testing.assert_array_equal(out["audio"].values, streams["audio"].values)
+    here = {name: np.asarray(tokens.values[0], np.float64) for name, tokens in streams.items()}
+
+    def read(name, other):
+        length, rows = len(here[name]), []
+        for place in range(length):
+            x, seen = here[name][place : place + 1], here[other][: place + 1 + abs(length - len(here[other]))]
+            for i in range(2):
+                x = reference.block(x, reference.layer(params["layers"][f"{name}_{other}"], i), seen, "cross mlp")
+            rows.append(reference.norm(x, params[f"{name}_{other}_norm"]))
+        return np.concatenate(rows)
+
+    for name, others in edges.items():
+        expected = np.concatenate([read(name, other) for other in others], -1)
+        np.testing.assert_allclose(out[name].values[0], expected, atol=2e-4)
+    absent = {name: dataclasses.replace(t, mask=np.full(t.values.shape[:2], name != "audio")) for name, t in streams.items()}
+    without = {name: t for name, t in streams.items() if name != "audio"}
+    masked, alone = (apply_stages([stage], [params], s) for s in (absent, without))
+    np.testing.assert_allclose(masked["image"].values, alone["image"].values, atol=1e-5)
+    assert apply_stages([stage], [params], {"audio": streams["audio"]}).keys() == {"audio"}
+    for wrong in ({"edges": None}, {"original": False}):
+        with pytest.raises(InputError, match="Cross.apart"):
+            init_stages([dataclasses.replace(stage, **wrong)], streams, rng)
+
+
 @pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": Buckets(8)}])
 @pytest.mark.parametrize(
     "stage",
@@ -541,6 +574,25 @@ def test_streams_are_adapted_before_they_meet(rng):
         x = streams[name].values @ project["kernel"] + project["bias"] + params[f"{name}_type_bias"]
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
         np.testing.assert_allclose(out[name].values, x, atol=1e-4)
+
+
+def test_streams_are_scaled_and_have_positions_before_they_go_on(rng):
+    streams = make_streams(rng, (4, 3))
+    x = np.array(streams["image"].values)
+    x[0, 1, 0] = x[2, 3, 0] = 0
+    streams["image"] = dataclasses.replace(streams["image"], values=x)
+    out = Adapt(("image",), scale=3.0, positions="counted").apply({}, streams)
+    angles = np.arange(1, 5)[:, None] / 10_000 ** (np.arange(4) / 3)
+    table = np.broadcast_to(np.concatenate([np.sin(angles), np.cos(angles)], 1), x.shape)
+    np.testing.assert_allclose(out["image"].values, 3 * x + np.where(x[..., :1] == 0, 0, table), atol=1e-5)
+    stage = Adapt(positions=4)
+    (params,) = init_stages([stage], streams, rng)
+    for name, tokens in stage.apply({"params": params}, streams).items():
+        length = tokens.values.shape[1]
+        np.testing.assert_allclose(tokens.values, streams[name].values + params[f"{name}_position"][:length], atol=1e-6)
+    for wrong in (3, "counte"):
+        with pytest.raises(InputError, match="'image' has 4 tokens"):
+            Adapt(positions=wrong).apply({}, streams)
 
 
 def test_tokens_stay_behind_or_are_seen_again(rng):

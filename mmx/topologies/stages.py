@@ -1,7 +1,7 @@
 """The four stages that the six topologies are made of; `mmx.topologies.latents` adds two that exchange through learned tokens."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -172,6 +172,10 @@ class Cross(Stage):
         share: the kinds of sublayers that all streams have in common: `("cross",)` (LXMERT), `("cross", "self", "mlp")`.
         together: streams whose self-attention is one over all their tokens, with weights in common (queries and text of the
             Q-Former, arXiv 2301.12597); `share` has to name "self".
+        past: whether a token reads of another stream only what stands there no further along than it stands itself, the
+            difference in their lengths aside (MulT).
+        apart: whether a stream reads each of its edges by layers of their own; what these make of it lies side by side along
+            its width (MulT). It needs `original`, and `edges`, which say how wide a stream leaves.
     """
 
     depth: int
@@ -182,24 +186,28 @@ class Cross(Stage):
     original: bool = False
     share: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
+    past: bool = False
+    apart: bool = False
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         if self.depth == 0:
             return streams
-        active = [name for name in streams if self.steps is None or name in self.steps]
-        if not active:
+        readers = self._readers(streams)
+        if not readers:
             return streams
+        active = list(dict.fromkeys(name for name, _ in readers.values()))
         blocks = {name: given(self.block, self, name) for name in active}
-        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in SUBLAYERS}
-        self._check_share(blocks)
+        self._check(blocks)
         width = {name: blocks[name].width if name in blocks else None for name in streams}
         streams = {name: fit(tokens, width[name] or tokens.values.shape[-1], name) for name, tokens in streams.items()}
-        sources = {name: self._sources(name, streams) for name in active}
+        blocks = {reader: blocks[name] for reader, (name, _) in readers.items()}
+        sources = {reader: read for reader, (_, read) in readers.items()}
+        owners = {kind: {reader: SHARED if kind in self.share else reader for reader in readers} for kind in SUBLAYERS}
         owner = owners["self"]
         of_owner = {owner[name]: block for name, block in blocks.items()}
         relative = {name: relative_positions(block, f"{name}_relative") for name, block in of_owner.items()}
-        sights = {name: relative[owner[name]](sight({name: streams[name]})) for name in active}
+        sights = {reader: relative[owner[reader]](self._sight(name, read, streams)) for reader, (name, read) in readers.items()}
         together = tuple(name for name in active if name in self.together)
         if together:
             sights[TOGETHER] = relative[SHARED](sight({name: streams[name] for name in together}))
@@ -209,18 +217,37 @@ class Cross(Stage):
         }
         first = next(iter(blocks.values()))
         layers = scan_layers(_CrossLayer, self.depth, first)(blocks, self.sublayers, sources, owners, together, name="layers")
-        carry = {name: streams[name].values for name in active}
+        carry = {reader: streams[name].values for reader, (name, _) in readers.items()}
         rates = {name: drop_path_rates(self.depth, block) for name, block in blocks.items()}
         carry, _ = layers(carry, rates, (sights, entered))
-        ends = {name: SHARED if {*self.share} >= {*self.sublayers.split()} else name for name in active}
+        ends = {reader: SHARED if {*self.share} >= {*self.sublayers.split()} else reader for reader in readers}
         carry = norm_each(carry, ends, blocks)
-        return {name: dataclasses.replace(t, values=carry.get(name, t.values)) for name, t in streams.items()}
+        new = {name: [carry[reader] for reader, (own, _) in readers.items() if own == name] for name in streams}
+        return {n: dataclasses.replace(t, values=jnp.concatenate(new[n] or [t.values], -1)) for n, t in streams.items()}
 
-    def _sources(self, name: str, streams: Streams) -> tuple[str, ...]:
-        named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
-        return tuple(n for n in named if n in streams and n != name and not streams[n].causal)
+    def _readers(self, streams: Streams) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Who goes through the layers: the stream that it is, or, for `apart`, is a copy of, and the streams that it reads."""
+        readers = {}
+        for name in (n for n in streams if self.steps is None or n in self.steps):
+            named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
+            read = tuple(n for n in named if n in streams and n != name and not streams[n].causal)
+            if self.apart:
+                readers |= {f"{name}_{n}": (name, (n,) if n in read else ()) for n in named}
+            else:
+                readers[name] = name, read
+        return readers
 
-    def _check_share(self, blocks: Mapping[str, BlockConfig]) -> None:
+    def _sight(self, name: str, read: Sequence[str], streams: Streams) -> Sight:
+        own = sight({name: streams[name]})
+        if not self.past or not read:
+            return own
+        length, others = streams[name].values.shape[1], [streams[n].values.shape[1] for n in read]
+        rules = [np.tri(length, other, abs(length - other), dtype=bool) for other in others]
+        return dataclasses.replace(own, reads=np.concatenate(rules, 1))
+
+    def _check(self, blocks: Mapping[str, BlockConfig]) -> None:
+        if self.apart and (self.edges is None or not self.original or self.together):
+            raise InputError("Cross.apart: it needs `edges`, which say how wide a stream leaves, `original`, and no `together`")
         words = tuple(dict.fromkeys(self.sublayers.split()))
         for kind in self.share:
             if kind not in words:
