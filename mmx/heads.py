@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import ACTIVATIONS, AttentionPool, BlockConfig, Stack, make_norm
+from mmx.layers import ACTIVATIONS, MLP, AttentionPool, BlockConfig, Stack, make_norm
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
@@ -124,7 +124,9 @@ class Classifier(nn.Module):
 
     Args:
         classes: how many.
-        stream: whose vector is read; None: those of all that are there, as `fuse` says.
+        stream: whose vector is read; several: theirs side by side, zeros for one that is absent (MulT); None: those of all that
+            are there, as `fuse` says.
+        residual: activation of an MLP, as wide as what is read, that is first added to it (MulT: relu); None: no such MLP.
         transform: whether a dense layer stands before the last one.
         size: of that dense layer; None: as many as it reads.
         activation: behind it.
@@ -134,22 +136,30 @@ class Classifier(nn.Module):
     """
 
     classes: int
-    stream: str | None = None
+    stream: str | tuple[str, ...] | None = None
     transform: bool = True
     size: int | None = None
     activation: str | None = "tanh"
     norm: float | None = None
     fuse: str = "mean"
     by_tokens: bool = False
+    residual: str | None = None
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(
         self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
     ) -> jax.Array | None:
-        if self.stream is not None and self.stream not in pooled:
-            return None
-        x = self._fused(streams, pooled) if self.stream is None else pooled[self.stream]
+        if self.stream is None:
+            x = self._fused(streams, pooled)
+        else:
+            names = (self.stream,) if isinstance(self.stream, str) else self.stream
+            there = [pooled[name] for name in names if name in pooled]
+            if not there:
+                return None
+            x = jnp.concatenate([pooled.get(name, jnp.zeros_like(there[0])) for name in names], -1)
+        if self.residual is not None:
+            x = x + MLP(x.shape[-1], self.residual, False, True, self.dtype, name="residual")(x[:, None])[:, 0]
         x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 

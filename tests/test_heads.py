@@ -18,6 +18,8 @@ def setting():
     outputs = {
         "product": Classifier(3, fuse="product", transform=False),
         "sum": Classifier(3, fuse="sum", transform=False),
+        "beside": Classifier(3, ("text", "image"), transform=False),
+        "residual": Classifier(3, "text", residual="relu", transform=False),
         "wide": Classifier(3, "text", size=10, activation="relu", norm=1e-12),
         "tokens": TokenClassifier(4, "image", activation="relu", norm=1e-12),
         "several": TokenClassifier({"a": 2, "b": 3}, "image", transform=False),
@@ -50,6 +52,9 @@ def test_streams_that_are_fused(setting):
     alone = model.apply({"params": params}, {"text": batch["text"]})
     for name in ("product", "sum"):
         np.testing.assert_allclose(alone.logits[name], dense(text, params[f"heads_{name}"]["classifier"]), atol=1e-4)
+    p = params["heads_beside"]["classifier"]
+    np.testing.assert_allclose(out.logits["beside"], dense(np.concatenate([text, image], -1), p), atol=1e-4)
+    np.testing.assert_allclose(alone.logits["beside"], dense(np.concatenate([text, 0 * text], -1), p), atol=1e-4)
     with pytest.raises(InputError, match="unknown fuse 'prodct'; did you mean 'product'"):
         Classifier(3, fuse="prodct").init(jax.random.key(0), out.streams, out.pooled, {})
 
@@ -59,6 +64,9 @@ def test_what_stands_before_the_last_matrix(setting):
     text, image = out.streams["text"].values, out.streams["image"].values
     p = params["heads_wide"]
     np.testing.assert_allclose(out.logits["wide"], dense(transformed(text.mean(1), p), p["classifier"]), atol=1e-4)
+    p = params["heads_residual"]
+    added = dense(np.maximum(dense(text.mean(1), p["residual"]["up"]), 0), p["residual"]["down"])
+    np.testing.assert_allclose(out.logits["residual"], dense(text.mean(1) + added, p["classifier"]), atol=1e-4)
     p = params["heads_tokens"]
     np.testing.assert_allclose(out.logits["tokens"], dense(transformed(image, p), p["classifier"]), atol=1e-4)
     for name in ("a", "b"):

@@ -314,6 +314,13 @@ def test_features_may_be_tokens_already(rng):
         Features(8, 4, linear=False, width=9).apply({}, x)
 
 
+def test_the_linear_map_of_features_may_have_no_bias(rng):
+    x, module = rng.standard_normal((2, 3, 5)).astype("f"), Features(5, 4, width=8, bias=False)
+    params = module.init(jax.random.key(0), x)["params"]
+    assert params["linear"].keys() == {"kernel"}
+    np.testing.assert_allclose(module.apply({"params": params}, x).values, x @ params["linear"]["kernel"], atol=1e-5)
+
+
 def test_positions_follow_another_resolution(rng):
     small, large = (rng.integers(0, 255, (1, n, n, 3)).astype(np.uint8) for n in (8, 16))
     module = Patches((8, 8), (4, 4), resize=True, width=8)

@@ -25,6 +25,7 @@ class Features(Embedder):
         size: numbers of a feature.
         length: most features of an example, L; shorter ones are welcome.
         linear: whether there is a linear map; False: features are tokens already, of the model's width.
+        bias: whether the linear map has a bias.
         position: usually none, since regions have no order; "learned" for clips and frames.
         marked: whether there may be `marked (B, L)` in the dict, 0 or 1: a learned feature is added where it is 1, on what an
             objective has hidden (UNITER, HERO).
@@ -35,6 +36,7 @@ class Features(Embedder):
     size: int
     length: int
     linear: bool = True
+    bias: bool = True
     marked: bool = False
     aligned: str | None = None
 
@@ -60,7 +62,7 @@ class Features(Embedder):
             x = x + jnp.where(here[..., None] == 1, table(here), 0)  # row 0, which is published too, is not read
         x = hide(x, mask)
         if self.linear:
-            x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
+            x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="linear")(x)
         elif self.size != self.width:
             raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
         if self.aligned is not None and "aligned" in fields:
