@@ -39,6 +39,7 @@ MODULES = (  # one for each family, or for several close kin
     "lxmert",
     "marian",
     "mbt",
+    "mult",
     "paligemma",
     "perceiver",
     "roberta",
