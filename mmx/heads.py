@@ -182,6 +182,7 @@ class TokenClassifier(nn.Module):
         classes: how many; or several answers behind one transform, by name (LXMERT's objects, attributes and features).
         stream: whose tokens; those of several stand one stream behind the other; None: of all.
         transform: whether a dense layer stands before the last one.
+        size: of that dense layer; None: as many as it reads.
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind that; None: no norm.
         bias: whether every class has a number of its own added to its scores.
@@ -190,6 +191,7 @@ class TokenClassifier(nn.Module):
     classes: int | Mapping[str, int]
     stream: str | tuple[str, ...] | None
     transform: bool = True
+    size: int | None = None
     activation: str | None = None
     norm: float | None = None
     bias: bool = True
@@ -202,7 +204,7 @@ class TokenClassifier(nn.Module):
         if not read:
             return None
         x = jnp.concatenate(read, 1)
-        x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
+        x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
 
         def answer(classes: int, end: str = "") -> jax.Array:
             dense = nn.Dense(classes, use_bias=self.bias, dtype=self.dtype, name="classifier" + end)

@@ -21,7 +21,7 @@ def setting():
         "beside": Classifier(3, ("text", "image"), transform=False),
         "residual": Classifier(3, "text", residual="relu", transform=False),
         "wide": Classifier(3, "text", size=10, activation="relu", norm=1e-12),
-        "tokens": TokenClassifier(4, "image", activation="relu", norm=1e-12),
+        "tokens": TokenClassifier(4, "image", size=10, activation="relu", norm=1e-12),
         "several": TokenClassifier({"a": 2, "b": 3}, "image", transform=False),
         "both": TiedDecoder("text", transform=False, streams=("text", "image")),
         "regression": TiedDecoder("image", transform=False),

@@ -29,6 +29,7 @@ from mmx.topologies import (
     Norm,
     PerStream,
     Pool,
+    Scatter,
     Sum,
     catalogue,
     cross_attention,
@@ -893,6 +894,39 @@ def test_insert_puts_tokens_where_slots_say(rng, hidden):
     unplaced = stage.apply({"params": p}, {**streams, "text": Tokens(text)})["text"]
     np.testing.assert_array_equal(unplaced.values, text)
     assert list(stage.apply({"params": p}, {"image": streams["image"]})) == ["image"]
+
+
+def test_scatter_adds_tokens_to_those_they_are_of(rng):
+    """Two clips of one video and one of another; a frame may be in several, and what is masked is in none."""
+    frame, video = rng.standard_normal((3, 2, 8)).astype("f"), rng.standard_normal((2, 4, 8)).astype("f")
+    slots, there = np.asarray([[0, 2], [2, 3], [5, -1]]), np.asarray([[1, 1], [1, 0], [1, 1]], bool)
+    streams = {"frame": Tokens(frame, there, slots={"video": slots}), "video": Tokens(video)}
+    out = Scatter("frame", "video").apply({}, streams)
+    expected = video.copy()
+    expected[0, 0] += frame[0, 0]
+    expected[0, 2] += frame[0, 1] + frame[1, 0]
+    expected[1, 1] += frame[2, 0]
+    np.testing.assert_allclose(out["video"].values, expected, atol=1e-6)
+    assert out["frame"] is streams["frame"]
+    for rest in ({"video": streams["video"]}, {"frame": streams["frame"]}, {**streams, "frame": Tokens(frame)}):
+        unchanged = Scatter("frame", "video").apply({}, rest)
+        assert unchanged.keys() == rest.keys() and all(unchanged[name] is rest[name] for name in rest)
+    narrow = {"frame": dataclasses.replace(streams["frame"], values=frame[..., :5]), "video": streams["video"]}
+    (params,) = init_stages([Scatter("frame", "video")], narrow, rng)
+    assert params["frame_project"]["kernel"].shape == (5, 8)
+
+
+def test_joint_may_leave_streams_alone(rng):
+    """Even one with another number of rows."""
+    streams = make_streams(rng, (4, 3))
+    (params,) = init_stages([Joint(1, BLOCK)], streams, rng)
+    beside = {"video": Tokens(rng.standard_normal((2, 5, 8)).astype("f")), **streams}
+    out = Joint(1, BLOCK, streams=("image", "text")).apply({"params": params}, beside)
+    assert list(out) == ["video", "image", "text"] and out["video"] is beside["video"]
+    same(
+        {name: out[name].values for name in streams},
+        {n: t.values for n, t in apply_stages([Joint(1, BLOCK)], [params], streams).items()},
+    )
 
 
 def test_an_absent_image_is_the_same_as_one_that_is_masked_in_a_text(rng):

@@ -12,6 +12,7 @@ from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
 from mmx.topologies.early_summation import early_summation
+from mmx.topologies.insert import Scatter
 from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
 from mmx.topologies.one_to_multi import one_to_multi
@@ -84,7 +85,14 @@ PUBLISHED = (
         (PerStream(6), Cross(6, sublayers="self cross mlp")),
         "BridgeTower adds each layer of its towers to the exchange",
     ),
-    Published("HERO", "hybrid-stream", "early", "text video", (Joint(6), PerStream({"video": 3}))),
+    Published(
+        "HERO",
+        "hybrid-stream",
+        "early",
+        "frame text video",
+        (Joint(6, streams=("frame", "text")), Scatter("frame", "video"), PerStream({"video": 3})),
+        "a row of `frame` and `text` for each clip, one of `video` for all frames",
+    ),
     Published("InterBERT", "hybrid-stream", "early", "image text", one_to_multi(6, 6)),
     Published(
         "ViLBERT, ActBERT",

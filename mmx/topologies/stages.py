@@ -127,6 +127,7 @@ class Joint(Stage):
         multiway: what every stream has for itself, of "attention" (its projections), "mlp" and "norm" (BEiT-3: all three).
         places: where tokens stand for rotary and relative positions. "own": each stream counts from 0. "continued": one
             line of all tokens that exist, a stream behind the other (LLaVA, PaliGemma).
+        streams: which ones; the others leave as they came. None: all.
     """
 
     depth: int
@@ -135,10 +136,12 @@ class Joint(Stage):
     sees: Mapping[str, tuple[str, ...]] | None = None
     multiway: tuple[str, ...] = ()
     places: str = "own"
+    streams: tuple[str, ...] | None = None
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
-        if self.depth == 0:
+        chosen = {name: tokens for name, tokens in streams.items() if self.streams is None or name in self.streams}
+        if self.depth == 0 or not chosen:
             return streams
         for what in self.multiway:
             if what not in MULTIWAY:
@@ -146,10 +149,10 @@ class Joint(Stage):
         if self.places not in PLACES:
             raise InputError("Joint.places: " + unknown("way to count", self.places, PLACES))
         block = given(self.block, self)
-        streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
-        parts = tuple(lengths(streams).items())
+        chosen = {name: fit(tokens, block.width, name) for name, tokens in chosen.items()}
+        parts = tuple(lengths(chosen).items())
         stack = Stack(self.depth, block, self.sublayers, parts, self.multiway, name="stack")
-        return split(stack(concatenate(streams).values, sight(streams, self.sees, self.places)), streams)
+        return {**streams, **split(stack(concatenate(chosen).values, sight(chosen, self.sees, self.places)), chosen)}
 
 
 class Cross(Stage):
