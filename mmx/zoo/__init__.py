@@ -31,6 +31,7 @@ MODULES = (  # one for each family, or for several close kin
     "gemma",
     "git",
     "gpt2",
+    "hero",
     "interbert",
     "layoutlm",
     "layoutlmv3",
