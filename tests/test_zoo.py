@@ -356,6 +356,24 @@ def test_flags_choose_what_is_computed():
     assert np.abs(matched["question_embeds"] - apart["question_embeds"]).max() > 1e-3
 
 
+def test_mult_may_end_in_one_stream(tmp_path):
+    """Alone, a stream reads what it reads beside the others; two of three are not published."""
+    folder = Path(__file__).parent / "published" / "MulT"
+    fields = json.loads((folder / "config.json").read_text())
+    tensors, given = (safetensors.numpy.load_file(folder / f"{name}.safetensors") for name in ("model", "inputs"))
+    expected = safetensors.numpy.load_file(folder / "outputs.safetensors")["trans_a_mem"]
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(("trans_l_with", "trans_v_with"))}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "lonly": False, "vonly": False}))
+    found = mmx.load_pretrained(tmp_path, family="mult", heads=())(**given)
+    np.testing.assert_allclose(found["trans_a_mem"], expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(found["last_hs"], found["trans_a_mem"][:, -1])
+    assert found.keys() == {"last_hs", "trans_a_mem", "trans_a_with_l", "trans_a_with_v"}
+    for change, message in (({"lonly": False}, "lonly=False, aonly=True, vonly=True"), ({"d_a": 10}, "d_a=10 is not supported")):
+        with pytest.raises(InputError, match=message):
+            mmx.create_model("mult-mosei", **change)
+
+
 def _numpy(tensors, heads):
     """Parts of a post-norm Transformer in NumPy, on published tensors: a linear map, a norm, a stack over `x (L, D)`."""
 
