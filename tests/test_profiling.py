@@ -33,6 +33,7 @@ PARAMETERS = [  # exact counts of the published classes: name, heads, further fi
     ("vit-base-patch16-224", (), {}, 86_389_248),
     ("vit-base-patch16-224", ("classification",), {"num_labels": 1000}, 86_567_656),
     ("clip-vit-base-patch32", (), {}, 151_277_313),
+    ("mult-mosei", ("output",), {}, 1_073_731),
     ("llama-7b", ("captioning",), {}, 6_738_415_616),
     ("gemma-2b", ("captioning",), {}, 2_506_172_416),
     ("gemma-7b", ("captioning",), {}, 8_537_680_896),
