@@ -17,7 +17,7 @@ from mmx.modalities import Features, Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream, Scatter
 from mmx.zoo import bert
-from mmx.zoo.config import activation, only, override
+from mmx.zoo.config import Words, activation, only, override
 from mmx.zoo.family import Family, Runner, padded, padded_features
 from mmx.zoo.roberta import places
 from mmx.zoo.uniter import Slots
@@ -36,17 +36,9 @@ ALONE = {  # a clip's inputs where there is no video -> beside one
 
 
 @dataclasses.dataclass(frozen=True)
-class HeroPart:
+class HeroPart(Words):
     """The published fields of one of HERO's stacks."""
 
-    vocab_size: int = 50272
-    hidden_size: int = 768
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    max_position_embeddings: int = 514
-    type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
 
 
@@ -54,8 +46,8 @@ class HeroPart:
 class HeroConfig:
     """The published fields of HERO, and three numbers that its code is called with."""
 
-    f_config: HeroPart = HeroPart()
-    c_config: HeroPart = HeroPart(num_hidden_layers=3)
+    f_config: HeroPart = HeroPart(num_hidden_layers=6, vocab_size=50272, max_position_embeddings=514)
+    c_config: HeroPart = HeroPart(num_hidden_layers=3, max_position_embeddings=514)
     vfeat_dim: int = 4352
     max_frm_seq_len: int = 100
     max_clip_len: int = 100
