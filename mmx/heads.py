@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError, unknown
-from mmx.layers import ACTIVATIONS, AttentionPool, BlockConfig, Stack, make_norm
+from mmx.layers import ACTIVATIONS, MLP, AttentionPool, BlockConfig, Stack, make_norm
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
@@ -126,7 +126,9 @@ class Classifier(nn.Module):
 
     Args:
         classes: how many.
-        stream: whose vector is read; several: theirs, side by side; None: those of all that are there, as `fuse` says.
+        stream: whose vector is read; several: theirs side by side, zeros for one that is absent (MulT); None: those of all that
+            are there, as `fuse` says.
+        residual: activation of an MLP, as wide as what is read, that is first added to it (MulT: relu); None: no such MLP.
         transform: whether a dense layer stands before the last one.
         size: of that dense layer; None: as many as it reads.
         activation: behind it.
@@ -147,6 +149,7 @@ class Classifier(nn.Module):
     by_tokens: bool = False
     pooler: Pooler | None = None
     norm_first: bool = False
+    residual: str | None = None
     dtype: Any = "float32"
 
     @nn.compact
@@ -158,6 +161,8 @@ class Classifier(nn.Module):
         x = self._fused(streams, pooled) if self.stream is None else side_by_side(pooled, self.stream)
         if x is None:
             return None
+        if self.residual is not None:
+            x = x + MLP(x.shape[-1], self.residual, False, True, self.dtype, name="residual")(x[:, None])[:, 0]
         size = (self.size or x.shape[-1]) if self.transform else None
         x = transform(x, size, self.activation, self.norm, self.dtype, self.norm_first)
         return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
@@ -175,9 +180,10 @@ class Classifier(nn.Module):
 
 
 def side_by_side(pooled: Mapping[str, jax.Array], streams: str | tuple[str, ...]) -> jax.Array | None:
-    """The vector of a stream, or those of several along the width, `(B, D)`; None where one of them is absent."""
+    """The vector of a stream, or those of several along the width, `(B, D)`, zeros for an absent one; None where all are."""
     names = (streams,) if isinstance(streams, str) else streams
-    return jnp.concatenate([pooled[n] for n in names], -1) if all(n in pooled for n in names) else None
+    there = [pooled[name] for name in names if name in pooled]
+    return jnp.concatenate([pooled.get(name, jnp.zeros_like(there[0])) for name in names], -1) if there else None
 
 
 class Similarity(nn.Module):
@@ -213,6 +219,7 @@ class TokenClassifier(nn.Module):
         classes: how many; or several answers behind one transform, by name (LXMERT's objects, attributes and features).
         stream: whose tokens; those of several stand one stream behind the other; None: of all.
         transform: whether a dense layer stands before the last one.
+        size: of that dense layer; None: as many as it reads.
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind that; None: no norm.
         bias: whether every class has a number of its own added to its scores.
@@ -221,6 +228,7 @@ class TokenClassifier(nn.Module):
     classes: int | Mapping[str, int]
     stream: str | tuple[str, ...] | None
     transform: bool = True
+    size: int | None = None
     activation: str | None = None
     norm: float | None = None
     bias: bool = True
@@ -233,7 +241,7 @@ class TokenClassifier(nn.Module):
         if not read:
             return None
         x = jnp.concatenate(read, 1)
-        x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
+        x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
 
         def answer(classes: int, end: str = "") -> jax.Array:
             dense = nn.Dense(classes, use_bias=self.bias, dtype=self.dtype, name="classifier" + end)

@@ -112,7 +112,9 @@ def profile(model: str | MultimodalTransformer, *, heads: Sequence[str] = (), **
         owner = owner_of(path, list(model.modalities))
         of[owner] = of.get(owner, 0) + leaf.size
     towers = {
-        n: Tower(getattr(m, "width", 0), of[n], cost(n), max(size) if (size := getattr(m, "size", None)) else None)
+        n: Tower(
+            getattr(m, "width", 0), of[n], cost(n), max(size) if isinstance(size := getattr(m, "size", None), tuple) else None
+        )
         for n, m in model.modalities.items()
     }
     parts = {part: count_parameters(tree) for part, tree in params.items()}

@@ -130,6 +130,7 @@ CLASSES = {
     "MBT": Class("mbt", configs={"nobottleneck_test_": {"test_with_bottlenecks": False}}),
     "MBTCrossModal": Class("mbt"),
     "MarianMTModel": Class(source=("input_ids", "attention_mask")),
+    "MULTModel": Class("mult"),
     "PaliGemmaForConditionalGeneration": Class(calls={"notype_": without("token_type_ids", "labels")}),
     "Siglip2Model": Class(rename=TOWERS | POOLED, call={"return_loss": True}),
     "SiglipModel": Class(rename=TOWERS | POOLED, call={"return_loss": True}, calls={"nomask_": without("attention_mask")}),

@@ -21,8 +21,9 @@ def setting():
         "beside": Classifier(3, ("text", "image"), transform=False),
         "space": Similarity(5, {"text": "text", "pair": ("image", "text")}),
         "own": Classifier(3, "text", activation="relu", norm=1e-12, norm_first=True, pooler=Pooler("last")),
+        "residual": Classifier(3, "text", residual="relu", transform=False),
         "wide": Classifier(3, "text", size=10, activation="relu", norm=1e-12),
-        "tokens": TokenClassifier(4, "image", activation="relu", norm=1e-12),
+        "tokens": TokenClassifier(4, "image", size=10, activation="relu", norm=1e-12),
         "several": TokenClassifier({"a": 2, "b": 3}, "image", transform=False),
         "both": TiedDecoder("text", transform=False, streams=("text", "image")),
         "regression": TiedDecoder("image", transform=False),
@@ -53,6 +54,9 @@ def test_streams_that_are_fused(setting):
     alone = model.apply({"params": params}, {"text": batch["text"]})
     for name in ("product", "sum"):
         np.testing.assert_allclose(alone.logits[name], dense(text, params[f"heads_{name}"]["classifier"]), atol=1e-4)
+    p = params["heads_beside"]["classifier"]
+    np.testing.assert_allclose(out.logits["beside"], dense(np.concatenate([text, image], -1), p), atol=1e-4)
+    np.testing.assert_allclose(alone.logits["beside"], dense(np.concatenate([text, 0 * text], -1), p), atol=1e-4)
     with pytest.raises(InputError, match="unknown fuse 'prodct'; did you mean 'product'"):
         Classifier(3, fuse="prodct").init(jax.random.key(0), out.streams, out.pooled, {})
 
@@ -67,8 +71,9 @@ def test_streams_side_by_side(setting):
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)
         np.testing.assert_allclose(out.logits["space"][name], x, atol=1e-5)
     np.testing.assert_allclose(out.logits["space"]["scale"], np.exp(params["heads_space"]["logit_scale"]), rtol=1e-6)
-    alone = model.apply({"params": params}, {"text": batch["text"]}).logits
-    assert "beside" not in alone and set(alone["space"]) == {"text", "scale"}
+    alone = model.apply({"params": params}, {"text": batch["text"]}).logits["beside"]  # zeros for what is absent
+    found = dense(np.concatenate([text, np.zeros_like(image)], -1), params["heads_beside"]["classifier"])
+    np.testing.assert_allclose(alone, found, atol=1e-4)
 
 
 def test_what_stands_before_the_last_matrix(setting):
@@ -80,6 +85,9 @@ def test_what_stands_before_the_last_matrix(setting):
     np.testing.assert_allclose(out.logits["own"], dense(np.maximum(x, 0), p["classifier"]), atol=1e-4)
     p = params["heads_wide"]
     np.testing.assert_allclose(out.logits["wide"], dense(transformed(text.mean(1), p), p["classifier"]), atol=1e-4)
+    p = params["heads_residual"]
+    added = dense(np.maximum(dense(text.mean(1), p["residual"]["up"]), 0), p["residual"]["down"])
+    np.testing.assert_allclose(out.logits["residual"], dense(text.mean(1) + added, p["classifier"]), atol=1e-4)
     p = params["heads_tokens"]
     np.testing.assert_allclose(out.logits["tokens"], dense(transformed(image, p), p["classifier"]), atol=1e-4)
     for name in ("a", "b"):

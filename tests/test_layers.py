@@ -394,6 +394,20 @@ def test_both_is_self_attention_of_a_stream_and_its_context(rng, norm):
     )
 
 
+def test_what_is_read_of_a_context_may_be_ruled(rng):
+    """A token that may read nothing else than the first two equals one whose context is these two."""
+    x, context = rng.standard_normal((2, 3, 8)).astype("f"), rng.standard_normal((2, 4, 8)).astype("f")
+    for word in ("cross mlp", "both mlp"):
+        block = Block(SMALL, word)
+        params = block.init(jax.random.key(0), x, context=context)["params"]
+        for visible in (None, np.tri(3, dtype=bool), np.broadcast_to(np.tri(3, dtype=bool), (2, 1, 3, 3))):
+            sight = Sight(visible=visible, reads=np.tri(3, 4, 1, dtype=bool))
+            found = block.apply({"params": params}, x, sight, context)
+            expected = block.apply({"params": params}, x, Sight(visible=visible), context[:, :2])
+            np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5)
+            assert np.abs(found[:, 1:] - expected[:, 1:]).max() > 1e-3
+
+
 def test_time_and_space_are_attention_along_each(rng):
     """Against the sublayer "self" on what belongs together; what is masked is seen by nobody."""
     frames, places = 3, 4

@@ -328,6 +328,23 @@ def test_features_may_be_tokens_already(rng):
         Features(8, 4, linear=False, width=9).apply({}, x)
 
 
+def test_the_linear_map_of_features_may_have_no_bias(rng):
+    x, module = rng.standard_normal((2, 3, 5)).astype("f"), Features(5, 4, width=8, bias=False)
+    params = module.init(jax.random.key(0), x)["params"]
+    assert params["linear"].keys() == {"kernel"}
+    np.testing.assert_allclose(module.apply({"params": params}, x).values, x @ params["linear"]["kernel"], atol=1e-5)
+
+
+def test_features_are_normalised_before_the_linear_map_and_activated_behind_it(rng):
+    x, module = rng.standard_normal((2, 3, 5)).astype("f"), Features(5, 4, width=8, input_norm=1e-5, activation="relu")
+    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), params)
+    norm, linear = params["input_norm"], params["linear"]
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
+    expected = np.maximum(y @ linear["kernel"] + linear["bias"], 0)
+    np.testing.assert_allclose(module.apply({"params": params}, x).values, expected, atol=1e-4)
+
+
 def test_positions_follow_another_resolution(rng):
     small, large = (rng.integers(0, 255, (1, n, n, 3)).astype(np.uint8) for n in (8, 16))
     module = Patches((8, 8), (4, 4), resize=True, width=8)

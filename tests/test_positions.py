@@ -19,6 +19,9 @@ def test_sincos_is_the_formula():
     for place in range(7):
         angles = [place / 10_000 ** (i / 3) for i in range(3)]
         np.testing.assert_allclose(table[place], np.concatenate([np.sin(angles), np.cos(angles)]), atol=1e-6)
+        angles = [place / 10_000 ** (i / 2) for i in range(3)]
+        closed = P.sincos(np.asarray([[place]]), 6, closed=True)[0]
+        np.testing.assert_allclose(closed, np.concatenate([np.sin(angles), np.cos(angles)]), atol=1e-6)
     far = 4000 / 10_000 ** (np.arange(3) / 3)
     np.testing.assert_allclose(P.sincos(np.asarray([[4000]]), 6)[0], [*np.sin(far), *np.cos(far)], atol=1e-7)
 

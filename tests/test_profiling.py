@@ -36,6 +36,7 @@ PARAMETERS = [  # exact counts of the published classes: name, heads, further fi
     ("bridgetower-base", (), {}, 326_347_008),
     ("bridgetower-base-itm-mlm", ("masked-lm",), {}, 365_592_921),
     ("bridgetower-base-itm-mlm", ("matching",), {}, 326_350_082),
+    ("mult-mosei", ("output",), {}, 1_073_731),
     ("llama-7b", ("captioning",), {}, 6_738_415_616),
     ("gemma-2b", ("captioning",), {}, 2_506_172_416),
     ("gemma-7b", ("captioning",), {}, 8_537_680_896),

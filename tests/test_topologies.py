@@ -30,6 +30,7 @@ from mmx.topologies import (
     Norm,
     PerStream,
     Pool,
+    Scatter,
     Sum,
     catalogue,
     cross_attention,
@@ -366,6 +367,39 @@ def test_layers_take_in_the_states_of_towers(rng, each):
             np.testing.assert_allclose(out[n].values[example], reference.norm(x, params[f"{n}_norm"]), atol=2e-4)
 
 
+def test_each_pair_may_have_layers_of_its_own_and_read_the_past_only(rng):
+    """Side by side along the width; a token reads as far as it stands, and further by what the lengths differ."""
+    streams = make_streams(rng, (4, 3, 2), masked=False)
+    edges = {"image": ("text", "audio"), "text": ("image",)}
+    stage = Cross(2, BLOCK, "cross mlp", edges, original=True, past=True, apart=True)
+    (params,) = init_stages([stage], streams, rng)
+    out = apply_stages([stage], [params], streams)
+    assert out["audio"].values is not None and set(params["layers"]) == {"image_text", "image_audio", "text_image"}
+    np.testing.assert_array_equal(out["audio"].values, streams["audio"].values)
+    here = {name: np.asarray(tokens.values[0], np.float64) for name, tokens in streams.items()}
+
+    def read(name, other):
+        length, rows = len(here[name]), []
+        for place in range(length):
+            x, seen = here[name][place : place + 1], here[other][: place + 1 + abs(length - len(here[other]))]
+            for i in range(2):
+                x = reference.block(x, reference.layer(params["layers"][f"{name}_{other}"], i), seen, "cross mlp")
+            rows.append(reference.norm(x, params[f"{name}_{other}_norm"]))
+        return np.concatenate(rows)
+
+    for name, others in edges.items():
+        expected = np.concatenate([read(name, other) for other in others], -1)
+        np.testing.assert_allclose(out[name].values[0], expected, atol=2e-4)
+    absent = {name: dataclasses.replace(t, mask=np.full(t.values.shape[:2], name != "audio")) for name, t in streams.items()}
+    without = {name: t for name, t in streams.items() if name != "audio"}
+    masked, alone = (apply_stages([stage], [params], s) for s in (absent, without))
+    np.testing.assert_allclose(masked["image"].values, alone["image"].values, atol=1e-5)
+    assert apply_stages([stage], [params], {"audio": streams["audio"]}).keys() == {"audio"}
+    for wrong in ({"edges": None}, {"original": False}):
+        with pytest.raises(InputError, match="Cross.apart"):
+            init_stages([dataclasses.replace(stage, **wrong)], streams, rng)
+
+
 @pytest.mark.parametrize("change", [{"rotary": 100.0}, {"relative": Buckets(8)}])
 @pytest.mark.parametrize(
     "stage",
@@ -567,6 +601,25 @@ def test_streams_are_adapted_before_they_meet(rng):
         x = streams[name].values @ project["kernel"] + project["bias"] + params[f"{name}_type_bias"]
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * norm["scale"] + norm["bias"]
         np.testing.assert_allclose(out[name].values, x, atol=1e-4)
+
+
+def test_streams_are_scaled_and_have_positions_before_they_go_on(rng):
+    streams = make_streams(rng, (4, 3))
+    x = np.array(streams["image"].values)
+    x[0, 1, 0] = x[2, 3, 0] = 0
+    streams["image"] = dataclasses.replace(streams["image"], values=x)
+    out = Adapt(("image",), scale=3.0, positions="counted").apply({}, streams)
+    angles = np.arange(1, 5)[:, None] / 10_000 ** (np.arange(4) / 3)
+    table = np.broadcast_to(np.concatenate([np.sin(angles), np.cos(angles)], 1), x.shape)
+    np.testing.assert_allclose(out["image"].values, 3 * x + np.where(x[..., :1] == 0, 0, table), atol=1e-5)
+    stage = Adapt(positions=4)
+    (params,) = init_stages([stage], streams, rng)
+    for name, tokens in stage.apply({"params": params}, streams).items():
+        length = tokens.values.shape[1]
+        np.testing.assert_allclose(tokens.values, streams[name].values + params[f"{name}_position"][:length], atol=1e-6)
+    for wrong in (3, "counte"):
+        with pytest.raises(InputError, match="'image' has 4 tokens"):
+            Adapt(positions=wrong).apply({}, streams)
 
 
 def test_tokens_stay_behind_or_are_seen_again(rng):
@@ -867,6 +920,39 @@ def test_insert_puts_tokens_where_slots_say(rng, hidden):
     unplaced = stage.apply({"params": p}, {**streams, "text": Tokens(text)})["text"]
     np.testing.assert_array_equal(unplaced.values, text)
     assert list(stage.apply({"params": p}, {"image": streams["image"]})) == ["image"]
+
+
+def test_scatter_adds_tokens_to_those_they_are_of(rng):
+    """Two clips of one video and one of another; a frame may be in several, and what is masked is in none."""
+    frame, video = rng.standard_normal((3, 2, 8)).astype("f"), rng.standard_normal((2, 4, 8)).astype("f")
+    slots, there = np.asarray([[0, 2], [2, 3], [5, -1]]), np.asarray([[1, 1], [1, 0], [1, 1]], bool)
+    streams = {"frame": Tokens(frame, there, slots={"video": slots}), "video": Tokens(video)}
+    out = Scatter("frame", "video").apply({}, streams)
+    expected = video.copy()
+    expected[0, 0] += frame[0, 0]
+    expected[0, 2] += frame[0, 1] + frame[1, 0]
+    expected[1, 1] += frame[2, 0]
+    np.testing.assert_allclose(out["video"].values, expected, atol=1e-6)
+    assert out["frame"] is streams["frame"]
+    for rest in ({"video": streams["video"]}, {"frame": streams["frame"]}, {**streams, "frame": Tokens(frame)}):
+        unchanged = Scatter("frame", "video").apply({}, rest)
+        assert unchanged.keys() == rest.keys() and all(unchanged[name] is rest[name] for name in rest)
+    narrow = {"frame": dataclasses.replace(streams["frame"], values=frame[..., :5]), "video": streams["video"]}
+    (params,) = init_stages([Scatter("frame", "video")], narrow, rng)
+    assert params["frame_project"]["kernel"].shape == (5, 8)
+
+
+def test_joint_may_leave_streams_alone(rng):
+    """Even one with another number of rows."""
+    streams = make_streams(rng, (4, 3))
+    (params,) = init_stages([Joint(1, BLOCK)], streams, rng)
+    beside = {"video": Tokens(rng.standard_normal((2, 5, 8)).astype("f")), **streams}
+    out = Joint(1, BLOCK, streams=("image", "text")).apply({"params": params}, beside)
+    assert list(out) == ["video", "image", "text"] and out["video"] is beside["video"]
+    same(
+        {name: out[name].values for name in streams},
+        {n: t.values for n, t in apply_stages([Joint(1, BLOCK)], [params], streams).items()},
+    )
 
 
 def test_an_absent_image_is_the_same_as_one_that_is_masked_in_a_text(rng):

@@ -354,3 +354,152 @@ def test_flags_choose_what_is_computed():
     assert "itm_score" in matched and "itc_score" not in matched
     assert "itc_score" in apart and "itm_score" not in apart
     assert np.abs(matched["question_embeds"] - apart["question_embeds"]).max() > 1e-3
+
+
+def test_mult_may_end_in_one_stream(tmp_path):
+    """Alone, a stream reads what it reads beside the others; two of three are not published."""
+    folder = Path(__file__).parent / "published" / "MulT"
+    fields = json.loads((folder / "config.json").read_text())
+    tensors, given = (safetensors.numpy.load_file(folder / f"{name}.safetensors") for name in ("model", "inputs"))
+    expected = safetensors.numpy.load_file(folder / "outputs.safetensors")["trans_a_mem"]
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(("trans_l_with", "trans_v_with"))}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "lonly": False, "vonly": False}))
+    found = mmx.load_pretrained(tmp_path, family="mult", heads=())(**given)
+    np.testing.assert_allclose(found["trans_a_mem"], expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(found["last_hs"], found["trans_a_mem"][:, -1])
+    assert found.keys() == {"last_hs", "trans_a_mem", "trans_a_with_l", "trans_a_with_v"}
+    for change, message in (({"lonly": False}, "lonly=False, aonly=True, vonly=True"), ({"d_a": 10}, "d_a=10 is not supported")):
+        with pytest.raises(InputError, match=message):
+            mmx.create_model("mult-mosei", **change)
+
+
+def _numpy(tensors, heads):
+    """Parts of a post-norm Transformer in NumPy, on published tensors: a linear map, a norm, a stack over `x (L, D)`."""
+
+    def linear(x, name):
+        return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+    def norm(x, name, eps=1e-5):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.asarray(jax.lax.erf(x / np.sqrt(2))))
+
+    def stack(x, name, depth):
+        for layer in (f"{name}.encoder.layer.{i}" for i in range(depth)):
+            query, key, value = (
+                linear(x, f"{layer}.attention.self.{n}").reshape(len(x), heads, -1).swapaxes(0, 1)
+                for n in ("query", "key", "value")
+            )
+            weights = np.asarray(jax.nn.softmax(query @ key.swapaxes(1, 2) / np.sqrt(query.shape[-1])))
+            read = (weights @ value).swapaxes(0, 1).reshape(x.shape)
+            x = norm(x + linear(read, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm", 1e-12)
+            read = linear(gelu(linear(x, f"{layer}.intermediate.dense")), f"{layer}.output.dense")
+            x = norm(x + read, f"{layer}.output.LayerNorm", 1e-12)
+        return x
+
+    return linear, norm, gelu, stack
+
+
+def test_hero_reads_clip_by_clip_and_then_along_time(tmp_path, rng):
+    """By value from the formula: frames with the words said over them, one clip at a time; then all frames of a video."""
+    part = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 9}
+    parts = {"f_config": {**part, "num_hidden_layers": 2, "vocab_size": 30}, "c_config": {**part, "num_hidden_layers": 1}}
+    family, config = configuration("hero-base", **parts, vfeat_dim=5, max_frm_seq_len=4, max_clip_len=6)
+    model = mmx.zoo.pretrained.build(family, config, tuple(family.heads), "float32")
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    params = jax.tree.map(lambda p: (0.5 * rng.standard_normal(p.shape)).astype("f"), params)
+    mmx.save_pretrained(tmp_path, Pretrained(model, params, config, family, tuple(family.heads)))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for name in ("vfeat_dim", "max_frm_seq_len", "max_clip_len"):  # which the published file does not tell
+        del fields[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    pretrained = mmx.load_pretrained(tmp_path)
+    assert pretrained.config == config
+    t = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    linear, norm, gelu, stack = _numpy(t, 2)
+    clip, whole = "v_encoder.f_encoder", "v_encoder.c_encoder"
+    frame_of = [[0, 1], [1, 3, 4], [0, 2]]  # two clips of one video, which share a frame, and one of another video
+    words = [[5, 6, 7], [8, 9], [4, 3, 2, 7]]
+    videos = rng.standard_normal((2, 5, 5)).astype("f")
+    clips, video_of = np.zeros((3, 3, 5), "f"), (0, 0, 1)
+    ids, mask, gather = np.ones((3, 4), int), np.zeros((3, 7), int), np.tile(np.arange(7), (3, 1))
+    for i, (frames, said) in enumerate(zip(frame_of, words, strict=True)):
+        clips[i, : len(frames)], ids[i, : len(said)] = videos[video_of[i], frames], said
+        mask[i, : len(frames) + len(said)] = 1
+        gather[i, len(frames) : len(frames) + len(said)] = 3 + np.arange(len(said))
+    given = {
+        "f_sub_input_ids": ids,
+        "f_sub_pos_ids": np.arange(4)[None],
+        "f_v_feats": clips,
+        "f_attn_masks": mask,
+        "f_gather_index": gather,
+        "c_v_feats": videos,
+        "c_v_masks": np.asarray([[0, 0, 1, 0, 0], [0] * 5]),
+        "c_attn_masks": np.asarray([[1] * 5, [1] * 4 + [0]]),
+        "shuffled_orders": np.asarray([[2, 0, 1, 4, 3], [0, 1, 2, 3, 4]]),
+        "targets": np.asarray([[1, 2, 0, -1, -1], [-1] * 5]),
+        "num_subs": np.asarray([2, 1]),
+        "sub_idx2frame_idx": np.asarray([[*frames, -1, -1][:3] for frames in frame_of]),
+    }
+    found = pretrained(**given, output_hidden_states=True)
+
+    def read(i):
+        table = {n: t[f"{clip}.embeddings.{n}_embeddings.weight"] for n in ("word", "position", "token_type")}
+        said = table["word"][words[i]] + table["position"][: len(words[i])] + table["token_type"][1]
+        image = f"{clip}.img_embeddings"
+        frames = linear(norm(clips[i, : len(frame_of[i])], f"{image}.img_LayerNorm"), f"{image}.img_linear")
+        frames = frames + t[f"{image}.position_embeddings.weight"][: len(frames)] + table["token_type"][1]
+        x = np.concatenate([norm(frames, f"{image}.LayerNorm"), norm(said, f"{clip}.embeddings.LayerNorm")])
+        return stack(x, clip, 2)
+
+    def transform(frames):
+        return np.maximum(linear(norm(frames, "v_encoder.frame_transform.LayerNorm"), "v_encoder.frame_transform.net.1"), 0)
+
+    def along_time(videos):
+        places, name = t[f"{whole}.embeddings.position_embeddings.weight"], f"{whole}.embeddings.LayerNorm"
+        return [stack(norm(x[:n] + places[:n], name), whole, 1) for x, n in zip(videos, (5, 4), strict=True)]
+
+    def same(found, expected, atol):
+        """The frames that exist."""
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one[: len(other)], other, atol=atol)
+
+    entered = transform(np.where(given["c_v_masks"][..., None], t["v_encoder.mask_embedding.weight"][1], videos))
+    for i, frames in enumerate(frame_of):
+        own = read(i)
+        np.testing.assert_allclose(found["sequence_output"][i, : len(own)], own, atol=1e-4)
+        entered[video_of[i], frames] += own[: len(frames)]
+    np.testing.assert_allclose(found["transformed_c_v_feats"], entered, atol=1e-4)
+    left = along_time(entered)
+    same(found["clip_outputs"], left, 1e-4)
+    same(found["hidden_states"][-1], left, 1e-4)
+    said = norm(gelu(linear(found["sequence_output"][2, 2:6], f"{clip}.lm_head.dense")), f"{clip}.lm_head.LayerNorm")
+    scores = said @ t[f"{clip}.embeddings.word_embeddings.weight"].T + t[f"{clip}.lm_head.bias"]
+    np.testing.assert_allclose(found["prediction_scores"][2], scores, atol=1e-3)
+    head = "v_encoder.feat_regress.net"
+    same(found["prediction_feat"], [linear(norm(gelu(linear(x, f"{head}.0")), f"{head}.2"), f"{head}.3") for x in left], 1e-3)
+
+    # Frames in another order are asked where they stood.
+    shuffled, head = np.zeros_like(entered), "v_encoder.fom_output"
+    np.put_along_axis(shuffled, given["shuffled_orders"][..., None], entered, 1)
+    asked = [norm(gelu(linear(x, f"{head}.linear_1")), f"{head}.LayerNorm") for x in along_time(shuffled)]
+    asked = [linear(x, f"{head}.linear_2") for x in asked]
+    same(found["frame_reorder_outputs"], asked, 1e-3)
+    likely = np.asarray(jax.nn.log_softmax(asked[0]))[[0, 1, 2], [1, 2, 0]]
+    np.testing.assert_allclose(found["fom_loss"], -likely.mean(), atol=1e-4)
+
+    # Other words over a clip move its own frames at first, and behind the second stack all those of its video.
+    other = pretrained(**{**given, "f_sub_input_ids": np.where(ids == 8, 12, ids)}, output_hidden_states=True)
+    moved = {n: np.abs(other[n] - found[n]).max(-1) > 1e-5 for n in ("transformed_c_v_feats", "clip_outputs")}
+    np.testing.assert_array_equal(moved["transformed_c_v_feats"], [[0, 1, 0, 1, 1], [0] * 5])
+    np.testing.assert_array_equal(moved["clip_outputs"], [[1] * 5, [0] * 5])
+
+    # A text alone, whose places are counted as RoBERTa's are.
+    alone = pretrained(input_ids=np.asarray([[5, 6, 1]]), attn_masks=np.asarray([[1, 1, 0]]))
+    table = {n: t[f"{clip}.embeddings.{n}_embeddings.weight"] for n in ("word", "position", "token_type")}
+    x = norm(table["word"][[5, 6]] + table["position"][[2, 3]] + table["token_type"][1], f"{clip}.embeddings.LayerNorm")
+    np.testing.assert_allclose(alone["sequence_output"][0, :2], stack(x, clip, 2), atol=1e-4)
+    assert alone.keys() == {"sequence_output", "prediction_scores"}

@@ -37,6 +37,7 @@ class Sight:
         coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
         bias: added to the scores, `(H, L, L)` or `(B, H, L, L)`: relative positions.
         lines: the streams that stand one behind the other; read by relative positions.
+        reads: the rule who may see what of a context, `(L, M)`, a constant; None: all.
     """
 
     mask: Any = None
@@ -44,6 +45,7 @@ class Sight:
     coordinates: Any = None
     bias: Any = None
     lines: tuple[Line, ...] = flax.struct.field(pytree_node=False, default=())
+    reads: Any = None
 
 
 def each_part(x: jax.Array, parts: Sequence[tuple[str, int]], make: Callable[[str], Any]) -> jax.Array:

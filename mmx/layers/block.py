@@ -130,12 +130,16 @@ def sublayer_names(word: str) -> list[tuple[str, str]]:
 
 
 def _both(sight: Sight, own: tuple[int, ...], context_mask: jax.Array | None, both: tuple[int, ...]) -> Sight:
-    """The sight of a stream in front of its context, all of which it sees."""
-    masks = [(sight.mask, own), (context_mask, (own[0], both[1] - own[1]))]
+    """The sight of a stream in front of its context."""
+    length, other = own[1], both[1] - own[1]
+    masks = [(sight.mask, own), (context_mask, (own[0], other))]
     whole = all(mask is None for mask, _ in masks)
     mask = None if whole else jnp.concatenate([jnp.ones(s, bool) if m is None else m for m, s in masks], 1)
-    more = ((0, 0), (0, both[1] - own[1]))
-    return Sight(mask, None if sight.visible is None else jnp.pad(sight.visible, more, constant_values=True))
+    if sight.visible is None and sight.reads is None:
+        return Sight(mask)
+    visible = jnp.ones((length, length), bool) if sight.visible is None else jnp.asarray(sight.visible)
+    reads = jnp.ones((length, other), bool) if sight.reads is None else sight.reads
+    return Sight(mask, jnp.concatenate([visible, jnp.broadcast_to(reads, (*visible.shape[:-1], other))], -1))
 
 
 class Block(nn.Module):
@@ -215,7 +219,7 @@ class Block(nn.Module):
                 elif kind == "both":
                     y = attention(y, _both(sight, x.shape[:2], context_mask, source.shape[:2]), source)
                 else:
-                    y = attention(y, Sight(context_mask), source)
+                    y = attention(y, Sight(context_mask, sight.reads), source)
                     if context_mask is not None:  # nothing to read: not even the bias of the output
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:

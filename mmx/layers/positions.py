@@ -20,10 +20,11 @@ def grid_coordinates(grid: tuple[int, ...]) -> np.ndarray:
     return np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, len(grid)).astype(np.float32)
 
 
-def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000.0) -> jax.Array:
+def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000.0, closed: bool = False) -> jax.Array:
     """Sines and cosines of each axis, one after the other: `(..., A) -> (..., D)` (arXiv 1706.03762, 3.5; 2D: MAE).
 
-    Each axis has an equal, even share of the width: its sines, then its cosines. What cannot be shared out stays zero.
+    Each axis has an equal, even share of the width: its sines, then its cosines. What cannot be shared out stays zero. The
+    frequencies fall from 1 towards 1 / base; `closed`: the last of them is 1 / base itself (tensor2tensor, fairseq).
     """
     known = isinstance(coordinates, np.ndarray)  # before the program runs: in float64, as published tables are made
     n: Any = np if known else jnp
@@ -32,7 +33,7 @@ def sincos(coordinates: np.ndarray | jax.Array, width: int, base: float = 10_000
     count = width // (2 * axes)  # frequencies of an axis
     if count == 0:
         raise InputError(f"positions: width={width} is too small for sines and cosines of {axes} axes; it needs {2 * axes}")
-    frequencies = base ** (-np.arange(count) / count)
+    frequencies = base ** (-np.arange(count) / max(count - closed, 1))
     angles = coordinates[..., None] * frequencies  # (..., A, count)
     out = n.concatenate([n.sin(angles), n.cos(angles)], -1).reshape(*coordinates.shape[:-1], -1)
     out = jnp.asarray(out, jnp.float32)

@@ -38,7 +38,8 @@ class Embedder(nn.Module, kw_only=True):
         kept (B, K)     which tokens go on, and in which order (MAE); without it, all
         hidden (B, L)   where the mask token stands instead of the embedding (BEiT), if there is one
         group (B, L)    tokens of a causal text with the same number see each other both ways; -1: only what is before
-        slots           {stream: which token of that stream stands here, counted through the example's; -1: none}, `(B, L)`
+        slots           {stream: which token of that stream stands here, counted through the example's; -1: none}, `(B, L)`;
+                        or to which this one is added, counted through all examples': `mmx.topologies.Insert`, `Scatter`
 
     Args:
         width: size of a token, D; None: the model's.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers import ACTIVATIONS, make_norm
 from mmx.modalities.embedder import BESIDE, INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -24,7 +25,10 @@ class Features(Embedder):
     Args:
         size: numbers of a feature.
         length: most features of an example, L; shorter ones are welcome.
+        input_norm: eps of a LayerNorm on the features themselves (HERO); None: no norm.
         linear: whether there is a linear map; False: features are tokens already, of the model's width.
+        bias: whether the linear map has a bias.
+        activation: behind the linear map; None: none.
         position: usually none, since regions have no order; "learned" for clips and frames.
         marked: whether there may be `marked (B, L)` in the dict, 0 or 1: a learned feature is added where it is 1, on what an
             objective has hidden (UNITER, HERO).
@@ -34,7 +38,10 @@ class Features(Embedder):
 
     size: int
     length: int
+    input_norm: float | None = None
     linear: bool = True
+    bias: bool = True
+    activation: str | None = None
     marked: bool = False
     aligned: str | None = None
 
@@ -59,8 +66,11 @@ class Features(Embedder):
             here = fields.get("marked", jnp.zeros(x.shape[:2], jnp.int32)).astype(jnp.int32)
             x = x + jnp.where(here[..., None] == 1, table(here), 0)  # row 0, which is published too, is not read
         x = hide(x, mask)
+        if self.input_norm is not None:
+            x = make_norm("layer", self.input_norm, self.dtype, "input_norm")(x)
         if self.linear:
-            x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
+            x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="linear")(x)
+            x = x if self.activation is None else ACTIVATIONS[self.activation](x)
         elif self.size != self.width:
             raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
         if self.aligned is not None and "aligned" in fields:

@@ -53,7 +53,9 @@ class Contrastive:
             present[name] = output.streams[stream_of(output.streams, name) or name].present
         rows = next(iter(present.values())).shape
         scalars = {"logit_scale": scale, "logit_bias": outputs[0].logit_bias}
-        return {"embeddings": embeddings, "present": present} | {n: jnp.broadcast_to(x, rows) for n, x in scalars.items() if x is not None}
+        return {"embeddings": embeddings, "present": present} | {
+            n: jnp.broadcast_to(x, rows) for n, x in scalars.items() if x is not None
+        }
 
     def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
         embeddings, present = values["embeddings"], values["present"]

@@ -30,7 +30,7 @@ TABLE = (
     (r"(^|/)embedding$", "length -> embed"),  # a small table: segments, rows, states of a pen
     (r"(^|/)decoder/kernel$", "embed -> vocab"),
     (r"decoder_bias$", "-> vocab"),
-    (r"(^|/)(position|special|token|[^/]*_query|time_position)$", "length -> embed"),
+    (r"(^|/)(position|special|token|[^/]*_query|[^/]*_position)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
     (r"(^|/)classifier[^/]*/kernel$", "embed -> head"),
     (r"(^|/)decoder/kernel$", "embed -> vocab"),

@@ -17,7 +17,7 @@ from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
 from mmx.topologies.early_summation import early_summation
 from mmx.topologies.gather import Gather, Norm
-from mmx.topologies.insert import Insert
+from mmx.topologies.insert import Insert, Scatter
 from mmx.topologies.latent import latent
 from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
@@ -63,6 +63,7 @@ __all__ = [
     "Norm",
     "PerStream",
     "Pool",
+    "Scatter",
     "Stage",
     "Sum",
     "bottleneck",

@@ -1,33 +1,46 @@
-"""The stage that makes streams fit for each other before they meet."""
+"""The stage that makes streams fit for what comes next."""
 
 import dataclasses
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
+from mmx.errors import InputError
 from mmx.layers import make_norm
+from mmx.layers.positions import sincos
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import SHARED
 from mmx.types import Streams, Tokens
 
+COUNTED = "counted"
+INITIAL = nn.initializers.normal(0.02)
+
 
 class Adapt(Stage):
-    """A linear map, a learned vector, a norm, each where it is wanted, token by token; and which tokens go on.
+    """A linear map, a factor, positions, a vector, a norm, each where it is wanted, token by token; and which tokens go on.
 
-        Z_m <- Norm(W Z_m + v)
+        Z_m <- Norm(s W Z_m + p + v)
 
     Args:
         streams: which ones; None: all.
         width: of the linear map's output; None: there is no linear map.
+        scale: the factor s, such as the root of the width (arXiv 1706.03762, 3.4).
+        positions: how many learned ones there are (HERO); "counted": sines and cosines of the place, counted from 1, and none
+            for a token whose first number is 0, which counts as padding and is seen all the same (MulT). None: no positions.
         type: whether there is a vector for each stream, which tells it from others (BridgeTower).
         norm: eps of a LayerNorm; None: no norm.
-        share: one set of weights for all of them, types aside, instead of one each.
+        share: one set of weights for all of them, types and positions aside, instead of one each.
         drop: how many tokens in front stay behind, such as a class token that is not for others to read (CoCa).
         unmask: whether the tokens that were masked are seen from here on, as by CoCa's decoder.
     """
 
     streams: tuple[str, ...] | None = None
     width: int | None = None
+    scale: float = 1.0
+    positions: int | str | None = None
     type: bool = False
     norm: float | None = None
     share: bool = False
@@ -47,8 +60,11 @@ class Adapt(Stage):
                 if owner not in project:
                     project[owner] = nn.Dense(self.width, dtype=x.dtype, name=f"{owner}_project")
                 x = project[owner](x)
+            places = self._positions(name, x)
+            x = x if self.scale == 1 else x * self.scale
+            x = x if places is None else x + places.astype(x.dtype)
             if self.type:
-                x = x + self.param(f"{name}_type_bias", nn.initializers.normal(0.02), (x.shape[-1],)).astype(x.dtype)
+                x = x + self.param(f"{name}_type_bias", INITIAL, (x.shape[-1],)).astype(x.dtype)
             if self.norm is not None:
                 norms = modules.setdefault("norm", {})
                 if owner not in norms:
@@ -57,6 +73,17 @@ class Adapt(Stage):
             new[name] = self._choose(dataclasses.replace(tokens, values=x))
         sow_states(self, {name: tokens.values for name, tokens in new.items()})
         return new
+
+    def _positions(self, name: str, x: jax.Array) -> jax.Array | None:
+        """`(L, D)`, or `(B, L, D)` where they hang on the tokens."""
+        length, width = x.shape[1:]
+        if self.positions is None:
+            return None
+        if self.positions == COUNTED:
+            return jnp.where(x[..., :1] == 0, 0, sincos(np.arange(1, length + 1)[:, None], width, closed=True))
+        if not isinstance(self.positions, int) or self.positions < length:
+            raise InputError(f"Adapt.positions={self.positions!r}: {name!r} has {length} tokens; give as many, or {COUNTED!r}")
+        return self.param(f"{name}_position", INITIAL, (self.positions, width))[:length]
 
     def _choose(self, tokens: Tokens) -> Tokens:
         mask = None if self.unmask or tokens.mask is None else tokens.mask[:, self.drop :]

@@ -13,6 +13,7 @@ from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
 from mmx.topologies.early_summation import early_summation
+from mmx.topologies.insert import Scatter
 from mmx.topologies.latents import Bottleneck, Latent
 from mmx.topologies.multi_to_one import multi_to_one
 from mmx.topologies.one_to_multi import one_to_multi
@@ -94,7 +95,14 @@ PUBLISHED = (
             Bridge(6, sublayers="self cross mlp"),
         ),
     ),
-    Published("HERO", "hybrid-stream", "early", "text video", (Joint(6), PerStream({"video": 3}))),
+    Published(
+        "HERO",
+        "hybrid-stream",
+        "early",
+        "frame text video",
+        (Joint(6, streams=("frame", "text")), Scatter("frame", "video"), PerStream({"video": 3})),
+        "a row of `frame` and `text` for each clip, one of `video` for all frames",
+    ),
     Published("InterBERT", "hybrid-stream", "early", "image text", one_to_multi(6, 6)),
     Published(
         "ViLBERT, ActBERT",
@@ -150,8 +158,18 @@ PUBLISHED = (
         "multi-stream",
         "throughout",
         "text audio video",
-        (Cross(5, sublayers="cross mlp", original=True), PerStream(3)),
-        "an own stack for each pair, joined along the width",
+        (
+            Cross(
+                5,
+                sublayers="cross mlp",
+                edges={"text": ("audio", "video"), "audio": ("text", "video"), "video": ("text", "audio")},
+                original=True,
+                past=True,
+                apart=True,
+            ),
+            PerStream(5, causal=("text", "audio", "video")),
+        ),
+        "the layers behind are as wide as two streams",
     ),
     Published("Product1M (CAPTURE)", "hybrid-stream", "middle", "image text", (PerStream(4), *cross_to_concatenation(4, 4))),
     Published("HKT", "hybrid-stream", "late", "text audio video", (PerStream(12), *cross_to_concatenation(1, 1))),

@@ -1,4 +1,4 @@
-"""The stage that puts tokens of one stream into the places that another keeps for them."""
+"""Tokens that go to places of another stream: into those it keeps for them, or onto what stands there."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS
 from mmx.layers.stack import sow_states
-from mmx.topologies.stage import Stage
+from mmx.topologies.stage import Stage, fit
 from mmx.types import Streams, Tokens
 
 
@@ -78,3 +78,41 @@ class Insert(Stage):
             x = nn.Dense(self.hidden, use_bias=self.bias, dtype=x.dtype, name="transform")(x)
             x = ACTIVATIONS[self.activation](x)
         return dataclasses.replace(source, values=nn.Dense(width, use_bias=self.bias, dtype=x.dtype, name="project")(x))
+
+
+class Scatter(Stage):
+    """Adds the tokens of one stream to those of another, each to the one that it says it is of.
+
+        Z_into[i] <- Z_into[i] + sum of Z_source[l] over all l where slots[l] = i
+
+    Frames that were read with their subtitles, clip by clip, come back to the whole video (HERO, arXiv 2005.00200). The raw
+    value of the source tells where they go: `{"features": (C, L, size), "slots": {"video": (C, L)}}`; slots count through all
+    tokens of all examples, special ones included, -1: nowhere. The two streams may have different numbers of rows.
+
+    A source of another width is projected; what is masked is not added; the source stays as it is.
+
+    Args:
+        source: the stream whose tokens are added.
+        into: the stream that they are added to.
+    """
+
+    source: str
+    into: str
+
+    @property
+    def separate(self) -> bool:
+        return False
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        new = dict(streams)
+        source, into = streams.get(self.source), streams.get(self.into)
+        slots = None if source is None else (source.slots or {}).get(self.into)
+        if source is not None and into is not None and slots is not None:
+            flat = jnp.asarray(into.values).reshape(-1, into.values.shape[-1])
+            values = fit(source, flat.shape[-1], self.source).values
+            at = jnp.where(source.dense_mask & (slots >= 0), slots, len(flat)).reshape(-1)  # behind the last one: dropped
+            flat = flat.at[at].add(values.reshape(-1, flat.shape[-1]), mode="drop")
+            new[self.into] = dataclasses.replace(into, values=flat.reshape(into.values.shape))
+        sow_states(self, {name: tokens.values for name, tokens in new.items()})
+        return new

@@ -1,7 +1,7 @@
 """The four stages that the six topologies are made of; `mmx.topologies.latents` adds two that exchange through learned tokens."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -127,6 +127,7 @@ class Joint(Stage):
         multiway: what every stream has for itself, of "attention" (its projections), "mlp" and "norm" (BEiT-3: all three).
         places: where tokens stand for rotary and relative positions. "own": each stream counts from 0. "continued": one
             line of all tokens that exist, a stream behind the other (LLaVA, PaliGemma).
+        streams: which ones; the others leave as they came. None: all.
     """
 
     depth: int
@@ -135,10 +136,12 @@ class Joint(Stage):
     sees: Mapping[str, tuple[str, ...]] | None = None
     multiway: tuple[str, ...] = ()
     places: str = "own"
+    streams: tuple[str, ...] | None = None
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
-        if self.depth == 0:
+        chosen = {name: tokens for name, tokens in streams.items() if self.streams is None or name in self.streams}
+        if self.depth == 0 or not chosen:
             return streams
         for what in self.multiway:
             if what not in MULTIWAY:
@@ -146,10 +149,10 @@ class Joint(Stage):
         if self.places not in PLACES:
             raise InputError("Joint.places: " + unknown("way to count", self.places, PLACES))
         block = given(self.block, self)
-        streams = {name: fit(tokens, block.width, name) for name, tokens in streams.items()}
-        parts = tuple(lengths(streams).items())
+        chosen = {name: fit(tokens, block.width, name) for name, tokens in chosen.items()}
+        parts = tuple(lengths(chosen).items())
         stack = Stack(self.depth, block, self.sublayers, parts, self.multiway, name="stack")
-        return split(stack(concatenate(streams).values, sight(streams, self.sees, self.places)), streams)
+        return {**streams, **split(stack(concatenate(chosen).values, sight(chosen, self.sees, self.places)), chosen)}
 
 
 class Cross(Stage):
@@ -172,6 +175,10 @@ class Cross(Stage):
         share: the kinds of sublayers that all streams have in common: `("cross",)` (LXMERT), `("cross", "self", "mlp")`.
         together: streams whose self-attention is one over all their tokens, with weights in common (queries and text of the
             Q-Former, arXiv 2301.12597); `share` has to name "self".
+        past: whether a token reads of another stream only what stands there no further along than it stands itself, the
+            difference in their lengths aside (MulT).
+        apart: whether a stream reads each of its edges by layers of their own; what these make of it lies side by side along
+            its width (MulT). It needs `original`, and `edges`, which say how wide a stream leaves.
     """
 
     depth: int
@@ -182,6 +189,8 @@ class Cross(Stage):
     original: bool = False
     share: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
+    past: bool = False
+    apart: bool = False
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -189,19 +198,21 @@ class Cross(Stage):
 
     def _exchange(self, streams: Streams, arriving: dict[str, jax.Array], eps: float = 0.0) -> Streams:
         """Runs the layers; before each of them a stream takes in what arrives there, `(depth, B, L, D)`, and is normalised."""
-        active = [name for name in streams if self.steps is None or name in self.steps]
-        if self.depth == 0 or not active:
+        readers = self._readers(streams)
+        if self.depth == 0 or not readers:
             return streams
+        active = list(dict.fromkeys(name for name, _ in readers.values()))
         blocks = {name: given(self.block, self, name) for name in active}
-        owners = {kind: {name: SHARED if kind in self.share else name for name in active} for kind in SUBLAYERS}
-        self._check_share(blocks)
+        self._check(blocks)
         width = {name: blocks[name].width if name in blocks else None for name in streams}
         streams = {name: fit(tokens, width[name] or tokens.values.shape[-1], name) for name, tokens in streams.items()}
-        sources = {name: self._sources(name, streams) for name in active}
+        blocks = {reader: blocks[name] for reader, (name, _) in readers.items()}
+        sources = {reader: read for reader, (_, read) in readers.items()}
+        owners = {kind: {reader: SHARED if kind in self.share else reader for reader in readers} for kind in SUBLAYERS}
         owner = owners["self"]
         of_owner = {owner[name]: block for name, block in blocks.items()}
         relative = {name: relative_positions(block, f"{name}_relative") for name, block in of_owner.items()}
-        sights = {name: relative[owner[name]](sight({name: streams[name]})) for name in active}
+        sights = {reader: relative[owner[reader]](self._sight(name, read, streams)) for reader, (name, read) in readers.items()}
         together = tuple(name for name in active if name in self.together)
         if together:
             sights[TOGETHER] = relative[SHARED](sight({name: streams[name] for name in together}))
@@ -212,18 +223,37 @@ class Cross(Stage):
         first = next(iter(blocks.values()))
         layers = scan_layers(_CrossLayer, self.depth, first)
         layers = layers(blocks, self.sublayers, sources, owners, together, eps, name="layers")
-        carry = {name: streams[name].values for name in active}
+        carry = {reader: streams[name].values for reader, (name, _) in readers.items()}
         rates = {name: drop_path_rates(self.depth, block) for name, block in blocks.items()}
         carry, _ = layers(carry, (rates, arriving), (sights, entered))
-        ends = {name: SHARED if {*self.share} >= {*self.sublayers.split()} else name for name in active}
+        ends = {reader: SHARED if {*self.share} >= {*self.sublayers.split()} else reader for reader in readers}
         carry = norm_each(carry, ends, blocks)
-        return {name: dataclasses.replace(t, values=carry.get(name, t.values)) for name, t in streams.items()}
+        new = {name: [carry[reader] for reader, (own, _) in readers.items() if own == name] for name in streams}
+        return {n: dataclasses.replace(t, values=jnp.concatenate(new[n] or [t.values], -1)) for n, t in streams.items()}
 
-    def _sources(self, name: str, streams: Streams) -> tuple[str, ...]:
-        named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
-        return tuple(n for n in named if n in streams and n != name and not streams[n].causal)
+    def _readers(self, streams: Streams) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Who goes through the layers: the stream that it is, or, for `apart`, is a copy of, and the streams that it reads."""
+        readers = {}
+        for name in (n for n in streams if self.steps is None or n in self.steps):
+            named = [n for n in streams if n != name] if self.edges is None else self.edges.get(name, ())
+            read = tuple(n for n in named if n in streams and n != name and not streams[n].causal)
+            if self.apart:
+                readers |= {f"{name}_{n}": (name, (n,) if n in read else ()) for n in named}
+            else:
+                readers[name] = name, read
+        return readers
 
-    def _check_share(self, blocks: Mapping[str, BlockConfig]) -> None:
+    def _sight(self, name: str, read: Sequence[str], streams: Streams) -> Sight:
+        own = sight({name: streams[name]})
+        if not self.past or not read:
+            return own
+        length, others = streams[name].values.shape[1], [streams[n].values.shape[1] for n in read]
+        rules = [np.tri(length, other, abs(length - other), dtype=bool) for other in others]
+        return dataclasses.replace(own, reads=np.concatenate(rules, 1))
+
+    def _check(self, blocks: Mapping[str, BlockConfig]) -> None:
+        if self.apart and (self.edges is None or not self.original or self.together):
+            raise InputError("Cross.apart: it needs `edges`, which say how wide a stream leaves, `original`, and no `together`")
         words = tuple(dict.fromkeys(self.sublayers.split()))
         for kind in self.share:
             if kind not in words:

@@ -86,53 +86,54 @@ def _table(c: UniterConfig) -> Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slots:
+class Slots:
     """The published order of words and regions: `gather (B, S)`, and of which those that count have a mask `(B, S)`.
 
-    A slot holds the word or region that `gather` numbers, words first. Published models attend from slot to slot; as nothing
-    depends on the order, mmx attends from token to token and brings what comes out into slots.
+    A slot holds the token that `gather` numbers, those of the first stream before those of the second (UNITER: words, HERO:
+    frames). Published models attend from slot to slot; as nothing depends on the order, mmx attends from token to token and
+    brings what comes out into slots.
     """
 
-    words: int
-    regions: int
+    first: int
+    second: int
     gather: Any
     mask: Any
 
     @property
     def exists(self) -> jax.Array:
-        """Which words and regions stand in a slot that counts: `(B, words + regions)`."""
+        """Which tokens stand in a slot that counts: `(B, first + second)`."""
         rows = jnp.arange(len(self.gather))[:, None]
-        return jnp.zeros((len(self.gather), self.words + self.regions), bool).at[rows, self.gather].max(self.mask)
+        return jnp.zeros((len(self.gather), self.first + self.second), bool).at[rows, self.gather].max(self.mask)
 
     def fill(self, values: Any) -> jax.Array:
-        """`(B, words + regions, D) -> (B, S, D)`."""
+        """`(B, first + second, D) -> (B, S, D)`."""
         return jnp.take_along_axis(values, self.gather[..., None], 1)
 
-    def fill_regions(self, values: Any) -> jax.Array:
-        """`(B, regions, D) -> (B, S, D)`, zeros for words."""
-        return self.fill(jnp.pad(values, ((0, 0), (self.words, 0), (0, 0))))
+    def fill_second(self, values: Any) -> jax.Array:
+        """`(B, second, D) -> (B, S, D)`, zeros for the first."""
+        return self.fill(jnp.pad(values, ((0, 0), (self.first, 0), (0, 0))))
 
 
-def _slots(inputs: Mapping[str, Any]) -> _Slots:
+def _slots(inputs: Mapping[str, Any]) -> Slots:
     words = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     regions = inputs["img_feat"].shape[1] if "img_feat" in inputs else 0
     size = len(inputs["input_ids"] if words else inputs["img_feat"])
     gather = inputs.get("gather_index", jnp.broadcast_to(jnp.arange(words + regions), (size, words + regions)))
-    return _Slots(words, regions, gather, inputs.get("attn_masks", jnp.ones(gather.shape, bool)) != 0)
+    return Slots(words, regions, gather, inputs.get("attn_masks", jnp.ones(gather.shape, bool)) != 0)
 
 
-def _batch(inputs: Mapping[str, Any], slots: _Slots, marks: Any = None) -> dict[str, Any]:
+def _batch(inputs: Mapping[str, Any], slots: Slots, marks: Any = None) -> dict[str, Any]:
     exists, batch = slots.exists, {}
     if "input_ids" in inputs:
         ids = inputs["input_ids"]
         beside = {"segment": inputs.get("txt_type_ids", jnp.zeros_like(ids))}
         if "position_ids" in inputs:
             beside["place"] = jnp.broadcast_to(inputs["position_ids"], ids.shape)
-        batch["text"] = padded(ids, exists[:, : slots.words], **beside)
+        batch["text"] = padded(ids, exists[:, : slots.first], **beside)
     if "img_feat" in inputs:
         kinds = inputs.get("img_type_ids", jnp.ones(inputs["img_feat"].shape[:2], jnp.int32))
         beside = {"segment": kinds, "box": inputs["img_pos_feat"]} | ({} if marks is None else {"marked": marks})
-        batch["image"] = padded_features(inputs["img_feat"], exists[:, slots.words :], **beside)
+        batch["image"] = padded_features(inputs["img_feat"], exists[:, slots.first :], **beside)
     return batch
 
 
@@ -171,13 +172,13 @@ def _forward(run: Runner, c: UniterConfig, inputs: Mapping[str, Any]) -> dict[st
     }
 
 
-def _regions(heads: Any, slots: _Slots, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _regions(heads: Any, slots: Slots, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores and losses of regions, at every slot; targets are published for those that `img_mask_tgt` marks, in their order."""
     scores, loss = {}, {}
     if "region-features" in heads:
-        scores["mrfr"] = slots.fill_regions(heads["region-features"])
+        scores["mrfr"] = slots.fill_second(heads["region-features"])
     if "region-classes" in heads:
-        scores["mrc"] = scores["mrc-kl"] = slots.fill_regions(heads["region-classes"])
+        scores["mrc"] = scores["mrc-kl"] = slots.fill_second(heads["region-classes"])
     if "img_mask_tgt" not in inputs:
         return scores, loss
     marked = inputs["img_mask_tgt"] != 0  # (B, S)
@@ -196,12 +197,12 @@ def _regions(heads: Any, slots: _Slots, inputs: Mapping[str, Any]) -> tuple[dict
     return scores, loss
 
 
-def _alignment(sequence: jax.Array, slots: _Slots, inputs: Mapping[str, Any]) -> jax.Array:
+def _alignment(sequence: jax.Array, slots: Slots, inputs: Mapping[str, Any]) -> jax.Array:
     """The distance between the words and the regions of each example, `(B,)`."""
-    places = slots.words + slots.regions
+    places = slots.first + slots.second
     apart = jnp.zeros((len(sequence), places, sequence.shape[-1]), sequence.dtype)
     apart = apart.at[jnp.arange(len(sequence))[:, None], inputs["ot_scatter"]].set(sequence, mode="drop")
-    text, image = apart[:, : slots.words], apart[:, slots.words :]
+    text, image = apart[:, : slots.first], apart[:, slots.first :]
     return transport_distance(text, image, inputs["txt_pad"] == 0, inputs["img_pad"] == 0)
 
 
