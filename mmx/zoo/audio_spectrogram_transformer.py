@@ -14,6 +14,7 @@ from mmx.topologies import PerStream
 from mmx.zoo import vit
 from mmx.zoo.bert import token_loss
 from mmx.zoo.family import Family, Runner
+from mmx.zoo.sounds import FilterBankSteps
 from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
 SPECIAL = ("class", "distillation")
@@ -116,5 +117,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix=BODY,
+        sound=FilterBankSteps,
     ),
 )

@@ -227,7 +227,7 @@ def load_published(
     params = weight_files.read(weights, params, tensors, names, where)
     extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(found.config)}}
     files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
-    steps = preprocess.read(folder, found.length(config) if found.length else None, found.texts)
+    steps = preprocess.read(folder, found.length(config) if found.length else None, found.texts, found.video, found.sound)
     return Pretrained(model, params, config, found, tuple(heads), steps, extra, files)
 
 

@@ -130,5 +130,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="timesformer",
+        video=True,
     ),
 )

@@ -191,6 +191,7 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="videomae",
+        video=True,
         known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$"),
     ),
     Family(
@@ -205,5 +206,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="vivit",
+        video=True,
     ),
 )
