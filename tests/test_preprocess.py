@@ -204,6 +204,12 @@ def test_newer_folders_tell_it_in_other_files(tmp_path):
     assert steps.videos and steps.videos.frames.offset == 1
 
 
+@pytest.mark.parametrize("field", ["size_divisor", "max_num_patches"])
+def test_images_of_any_size_are_not_squeezed(field, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, field: 32}))
+    assert read_images(tmp_path) is None
+
+
 def _documents(folder):
     """What was recorded of LayoutLMv3's words, and its vocabulary written to a folder."""
     recorded = json.loads((HERE / "documents.json").read_text())

@@ -103,9 +103,10 @@ def _settings(folder: Path, part: str) -> dict[str, Any]:
 
 
 def read_images(folder: Path) -> ImageSteps | None:
-    """The steps that the files of a published folder tell of; None if there are none for images."""
+    """The steps that the files of a published folder tell of; None if there are none for images, or if they make images of
+    any size (ViLT, NaFlex), which these steps cannot."""
     fields = _settings(folder, "image_processor") or _settings(folder, "video_processor")
-    if "image_mean" not in fields:
+    if "image_mean" not in fields or {"size_divisor", "max_num_patches"} & set(fields):
         return None
     size, crop = fields.get("size", 224), fields.get("crop_size")
     if isinstance(size, dict):
