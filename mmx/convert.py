@@ -20,9 +20,9 @@ class Convert:
     one it has mmx's own names, which `mmx.load_pretrained` reads.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The folder that is read; of a run, its last checkpoint, or the one that is named."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder that is written; it must be new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of published weights that are written; a run's are float32."""
