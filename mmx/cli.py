@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model: mmx train [CONFIG.py] [--field value ...]; see mmx train --help",
     "study": "train several topologies with several seeds and write one table; see mmx study --help",
     "list": "list the published models by name: mmx list [PATTERN], such as 'clip*'",
+    "convert": "between published folders and run folders, in both directions: mmx convert SOURCE TARGET; see mmx convert --help",
     "profile": "parameters and FLOPs of published models: mmx profile NAME..., patterns allowed",
 }
 
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"error: {unknown('command', arguments[0], COMMANDS)}", file=sys.stderr)
         return 2
-    if arguments[0] in ("list", "profile"):
-        return _guarded(lambda: {"list": _list, "profile": _profile}[arguments[0]](arguments[1:]))
+    if arguments[0] in ("list", "profile", "convert"):
+        return _guarded(lambda: {"list": _list, "profile": _profile, "convert": _convert}[arguments[0]](arguments[1:]))
     return {"train": train, "study": study}[arguments[0]](arguments[1:], started)
 
 
@@ -60,6 +61,14 @@ def _study(arguments: Sequence[str]) -> None:
     from mmx.study import Study, run_study
 
     run_study(tyro.cli(Study, args=list(arguments), prog="mmx study", config=(tyro.conf.FlagConversionOff,)))
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from mmx.convert import Convert, convert
+
+    print(convert(tyro.cli(Convert, args=list(arguments), prog="mmx convert", config=(tyro.conf.FlagConversionOff,))))
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -139,7 +148,7 @@ def parse_experiment(arguments: Sequence[str]) -> Any:
     default = load_config(Path(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else Experiment()
     with _linen_rule():
         parsed = tyro.cli(Experiment, args=arguments, default=default, prog="train.py", config=(tyro.conf.FlagConversionOff,))
-    if default.stages and parsed.topology != default.topology:
+    if (default.stages or default.published) and parsed.topology != default.topology:
         raise InputError(f"--topology {parsed.topology}: the configuration has stages of its own, which would replace it")
     return parsed
 

@@ -11,16 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmx.data import Tokenizer
-from mmx.errors import InputError
+from mmx.errors import InputError, writing
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer
 from mmx.parallel import MeshConfig, make_mesh, shardings
-from mmx.train.checkpoint import find_checkpoint
-from mmx.train.experiment import Experiment, from_json, to_json
-from mmx.train.folder import load_run
+from mmx.train import make_optimizer, make_state
+from mmx.train.checkpoint import Checkpoints, find_checkpoint
+from mmx.train.experiment import Experiment, Published, from_json, to_json
+from mmx.train.folder import RunFolder, load_run
 from mmx.zoo import weights as weight_files
 from mmx.zoo.family import Family, Runner
-from mmx.zoo.pretrained import Pretrained, abstract_params, load_published
+from mmx.zoo.pretrained import Pretrained, abstract_params, as_published, load_published
 
 MODEL_TYPE = "mmx"
 TOKENIZER = "tokenizer.json"
@@ -56,8 +57,43 @@ def load_pretrained(
         return _load_saved(folder, mesh)
     if kind == "run":
         experiment, model, params, tokenizer = load_run(folder, mesh or make_mesh(MeshConfig()))
-        return _own(experiment, model, params, tokenizer)
+        if (published := experiment.published) is None:
+            return _own(experiment, model, params, tokenizer)
+        beside = RunFolder(find_checkpoint(folder)[0].parent).published
+        return as_published(beside, *published.parts, published.fields, published.heads, model, params)
     return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh)
+
+
+def save_run(folder: str | Path, pretrained: Pretrained) -> None:
+    """Writes weights as a run folder of mmx, at step 0: what `load_pretrained` reads, and `--resume` starts training from.
+
+    Args:
+        folder: created if it is not there.
+        pretrained: a published model, or one that `save_pretrained` made of a run.
+    """
+    run = RunFolder(Path(folder))
+    if pretrained.family.name == MODEL_TYPE:
+        experiment, beside = from_json(pretrained.extra["experiment"]), run.path
+    else:
+        published = Published(pretrained.family.name, pretrained.fields, pretrained.heads)
+        experiment, beside = Experiment(published=published, objectives={}, evaluators={}), run.published
+    beside.mkdir(parents=True, exist_ok=True)
+    config = experiment.optimizer
+    optimizer, mesh = make_optimizer(config, experiment.steps), make_mesh(MeshConfig())
+    state, _ = make_state(experiment.build_model(), optimizer, config.ema > 0, experiment.seed, mesh, pretrained.params)
+    checkpoints = Checkpoints(run.checkpoints, experiment.checkpoint, to_json(experiment))
+    checkpoints.save(0, state)
+    checkpoints.wait()
+    checkpoints.close()
+    run.keep(experiment, None)
+    for name, content in pretrained.files.items():
+        with writing(beside / name) as path:
+            path.write_bytes(content)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or one of its checkpoints."""
+    return _kind(folder) == "run"
 
 
 def _kind(folder: Path) -> str | None:
@@ -66,7 +102,10 @@ def _kind(folder: Path) -> str | None:
     if not file.exists():
         with_checkpoint = folder.is_dir() and (folder.name.isdigit() or folder.name == "checkpoints")
         return "run" if with_checkpoint and find_checkpoint(folder) else None
-    fields = json.loads(file.read_text())
+    try:
+        fields = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
     return "run" if fields.get("class") == Experiment.__name__ else fields.get("model_type")
 
 

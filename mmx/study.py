@@ -71,7 +71,7 @@ def run_study(study: Study) -> Path:
         if name not in TOPOLOGIES | BEYOND:
             raise InputError(unknown("topology", name, TOPOLOGIES | BEYOND))
     base = load_config(Path(study.config)) if study.config else Experiment()
-    if base.stages:
+    if base.stages or base.published:
         raise InputError(f"{study.config} has stages of its own; a study compares the named topologies")
     base = dataclasses.replace(base, steps=study.steps or base.steps)
     writes = any(isinstance(o, Captioning) for o in base.active_objectives.values())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mmx
 from mmx.errors import InputError
-from mmx.zoo.preprocess import ImageSteps, read_images
+from mmx.zoo import FAMILIES, preprocess
+from mmx.zoo.preprocess import ImageSteps, read_images, read_sounds
+from mmx.zoo.sounds import FilterBankSteps, LogMelSteps
 from mmx.zoo.tokenizer import Texts, read_texts, sentence_pieces
 
 HERE = Path(__file__).parent / "preprocessing"
@@ -130,6 +133,147 @@ def test_clip_reads_small_letters_up_to_77(tmp_path):
     ]
     with pytest.raises(InputError, match=r"no <\|nothing\|>"):
         read_texts(tmp_path, 77, Texts("<|nothing|>"))
+
+
+WAVES = ("short", "long")
+
+
+@pytest.mark.parametrize("name", ["Whisper", "AST", "Wav2Vec2", "Wav2Vec2Mask"])
+def test_sounds_as_the_original_library_makes_them(name, tmp_path):
+    recorded = safetensors.numpy.load_file(HERE / "sounds.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text((HERE / f"{name}.json").read_text())
+    kinds = {"Whisper": "whisper", "AST": "audio-spectrogram-transformer"}
+    kind = FAMILIES[kinds.get(name, "wav2vec2")].sound
+    assert kind is not None
+    steps = read_sounds(tmp_path, kind)
+    assert steps is not None
+    made = steps([recorded[wave] for wave in WAVES])
+    wanted = {field.split(".")[1]: array for field, array in recorded.items() if field.startswith(f"{name}.")}
+    assert set(made) == set(wanted)
+    for field, array in wanted.items():
+        found = made[field][:, ::20] if "Wav2Vec2" in name else made[field]  # every twentieth sample was recorded
+        assert found.dtype == array.dtype
+        np.testing.assert_allclose(found, array, atol=1e-5 * (array.max() - array.min()), err_msg=field)
+
+
+def test_sounds_that_are_none_are_refused(tmp_path):
+    for audio, message in (
+        ("dog.wav", "expected a list of waveforms"),
+        ([], "expected a list of waveforms"),
+        ([np.zeros((2, 900), "f")], r"float32 \(2, 900\)"),
+        ([np.zeros(900, np.int16)], "floating point from -1 to 1, got int16"),
+        ([np.zeros(399, "f")], "at least 400 samples"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FilterBankSteps()(audio)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="dither=1e-05 is not supported"):
+        LogMelSteps(dither=1e-5)
+
+
+@pytest.mark.parametrize("name", ["VideoMAE", "Vivit"])
+def test_videos_as_the_original_library_makes_them(name, tmp_path):
+    recorded = safetensors.numpy.load_file(HERE / "videos.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text((HERE / f"{name}.json").read_text())
+    steps = preprocess.read(tmp_path, None, None, video=True, sound=None)
+    assert steps.images is None
+    made = steps(videos=[recorded["video"], list(recorded["other"])])["pixel_values"]
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, recorded[name], atol=1e-5)
+    with pytest.raises(InputError, match="the same number of frames"):
+        steps(videos=[recorded["video"], recorded["other"][:2]])
+    with pytest.raises(InputError, match="tells nothing of images; it tells of videos"):
+        steps(images=[recorded["video"][0]])
+
+
+def test_newer_folders_tell_it_in_other_files(tmp_path):
+    """Of a whole processor, a part for each kind; of videos, a file of its own."""
+    fields = {name: json.loads((HERE / f"{name}.json").read_text()) for name in ("CLIP", "Whisper", "Vivit")}
+    parts = {"image_processor": fields["CLIP"], "feature_extractor": fields["Whisper"], "processor_class": "CLIPProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(parts))
+    steps = preprocess.read(tmp_path, None, None, video=False, sound=LogMelSteps)
+    assert (
+        steps.images
+        and steps.images.resample == 3
+        and steps.audio
+        and steps.audio == LogMelSteps(feature_size=16, chunk_length=1, return_attention_mask=True)
+    )
+    video = fields["Vivit"] | {"video_processor_type": "VivitVideoProcessor"}
+    del video["offset"], video["image_processor_type"]  # the newer class always takes 1 off
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
+    steps = preprocess.read(tmp_path, None, None, video=True, sound=None)
+    assert steps.videos and steps.videos.frames.offset == 1
+
+
+@pytest.mark.parametrize("field", ["size_divisor", "max_num_patches"])
+def test_images_of_any_size_are_not_squeezed(field, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, field: 32}))
+    assert read_images(tmp_path) is None
+
+
+def _documents(folder):
+    """What was recorded of LayoutLMv3's words, and its vocabulary written to a folder."""
+    recorded = json.loads((HERE / "documents.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(recorded["vocab"]))
+    (folder / "merges.txt").write_text(recorded["merges"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 24}))
+    return recorded
+
+
+def test_words_in_boxes_as_the_original_library_makes_them(tmp_path):
+    recorded = _documents(tmp_path)
+    family = FAMILIES["layoutlmv3"]
+    steps = preprocess.read(tmp_path, 512, family.texts, video=False, sound=None)
+    made = steps(words=recorded["words"], boxes=recorded["boxes"])
+    assert set(made) == {"input_ids", "attention_mask", "bbox"}
+    for name, array in made.items():
+        np.testing.assert_array_equal(array, recorded[name], err_msg=name)
+    for words, boxes, message in (
+        (recorded["words"], None, "one box of four a word"),
+        (recorded["words"], recorded["boxes"][:1], "one box of four a word"),
+        ([["a", "b"]], [[[0, 0, 1, 1]]], "one box of four a word"),
+        ([["a"]], [[[0, 0, 1001, 1]]], "in thousandths of the page"),
+    ):
+        with pytest.raises(InputError, match=message):
+            steps(words=words, **({} if boxes is None else {"boxes": boxes}))
+    with pytest.raises(InputError, match="tells nothing of boxes"):
+        steps(texts=["a"], boxes=recorded["boxes"])
+
+
+def test_pages_of_word_pieces(tmp_path):
+    """LayoutLM: BERT's words; every piece has its word's box, the token behind that of the whole page, none other any."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "##s", "cafe"]))
+    steps = preprocess.read(tmp_path, 6, FAMILIES["layoutlm"].texts, video=False, sound=None)
+    mans, cafe = [10, 20, 30, 40], [0, 5, 1000, 6]
+    made = steps(words=[["Mans", "Café"], ["a"]], boxes=[[mans, cafe], [cafe]])
+    np.testing.assert_array_equal(made["input_ids"], [[2, 6, 7, 8, 3], [2, 5, 3, 0, 0]])
+    expected = [[[0] * 4, mans, mans, cafe, [1000] * 4], [[0] * 4, cafe, [1000] * 4, [0] * 4, [0] * 4]]
+    np.testing.assert_array_equal(made["bbox"], expected)
+    cut = steps(words=[["mans"] * 5], boxes=[[mans] * 5])
+    np.testing.assert_array_equal(cut["input_ids"], [[2, 6, 7, 6, 7, 3]])
+    np.testing.assert_array_equal(cut["bbox"][0, -1], [1000] * 4)
+
+
+def test_preprocessing_travels_with_the_weights(tmp_path):
+    """Saved with the model and read again, of sounds, videos and pages; what comes out is what the model takes."""
+    published = HERE.parent / "published"
+    waves = safetensors.numpy.load_file(HERE / "sounds.safetensors")
+    videos = safetensors.numpy.load_file(HERE / "videos.safetensors")
+    page = {"words": [["Invoice", "number"]], "boxes": [[[1, 2, 3, 4], [5, 6, 7, 8]]]}
+    for folder, name, raw in (
+        ("Wav2Vec2Model", "Wav2Vec2", {"audio": [waves["short"]]}),
+        ("VideoMAEForVideoClassification", "VideoMAE", {"videos": [videos["video"]]}),
+        ("LayoutLMv3Model", "ViT", page),
+    ):
+        source, target = tmp_path / folder, tmp_path / f"{folder}2"
+        shutil.copytree(published / folder, source)
+        (source / "preprocessor_config.json").write_text((HERE / f"{name}.json").read_text())
+        if "words" in raw:
+            _documents(source)
+        pretrained = mmx.load_pretrained(source)
+        mmx.save_pretrained(target, pretrained)
+        made, again = pretrained.preprocess(**raw), mmx.load_pretrained(target).preprocess(**raw)
+        for field, array in made.items():
+            np.testing.assert_array_equal(again[field], array)
 
 
 def test_what_a_folder_does_not_tell_is_refused():

@@ -50,6 +50,33 @@ def test_mel_filters_share_every_frequency():
     assert (filters.max(0) > 0.5).all()
 
 
+def test_frames_around_their_samples_and_levelled_ones(rng):
+    x = rng.standard_normal(900).astype("f") + 3
+    centred = power_spectrum(x, 400, 160, 400, centred=True)
+    mirrored = np.concatenate([x[200:0:-1], x, x[-2:-202:-1]])
+    assert centred.shape == (1 + 900 // 160, 201)
+    np.testing.assert_array_equal(centred, power_spectrum(mirrored, 400, 160, 400))
+    found = power_spectrum(x, 400, 160, 512, periodic=False, level=True, emphasis=0.9)
+    frame = x[160:560].astype("d")
+    frame -= frame.mean()
+    frame = np.concatenate([frame[:1] * (1 - 0.9), frame[1:] - 0.9 * frame[:-1]]) * np.hanning(400)
+    np.testing.assert_allclose(found[1], np.abs(np.fft.rfft(frame, 512)) ** 2, rtol=1e-3, atol=1e-3)
+
+
+def test_mel_filters_of_slaney_and_kaldi():
+    mel = np.linspace(0, 15 + 27 * np.log(8) / np.log(6.4), 12)  # 8000 Hz
+    hertz = np.where(mel < 15, mel / 0.015, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
+    frequencies = np.arange(201) * 40.0
+    found = mel_filters(10, 400, 16_000, scale="slaney", area=True)
+    for i in range(10):
+        triangle = np.interp(frequencies, hertz[i : i + 3], [0, 1, 0])
+        np.testing.assert_allclose(found[:, i], 2 * triangle / (hertz[i + 2] - hertz[i]), atol=1e-7)
+    found, over = mel_filters(10, 400, 16_000, lowest=20, over="mel"), 1127 * np.log(1 + frequencies / 700)
+    mel = np.linspace(1127 * np.log(1 + 20 / 700), 1127 * np.log(1 + 8000 / 700), 12)
+    for i in range(10):
+        np.testing.assert_allclose(found[:, i], np.interp(over, mel[i : i + 3], [0, 1, 0]), atol=1e-6)
+
+
 def test_frames_are_stacked():
     frames = np.arange(22).reshape(11, 2)
     np.testing.assert_array_equal(stack_frames(frames, 4), np.arange(16).reshape(2, 8))

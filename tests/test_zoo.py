@@ -18,8 +18,10 @@ from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, Pretrained, configuration
 from mmx.zoo.family import Chosen
+from mmx.zoo.pages import counts_of
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
+COUNTS = counts_of((Path(__file__).parent.parent / "docs" / "models.md").read_text())
 PUBLISHED = sorted(path for path in (Path(__file__).parent / "published").iterdir())
 BERT, CLIP, GPT2, T5, VIT, WAV2VEC2 = (
     Path(__file__).parent / "published" / name
@@ -63,7 +65,8 @@ def test_every_named_model_builds_at_full_size(name):
     named = {weight.path for weight in resolve(family.table(config), params)}
     assert set(flat(params)) == named
     bare = mmx.create_model(name)
-    assert jax.eval_shape(lambda: bare.init_with_output(jax.random.key(0), mmx.example_batch(bare))[0]).streams
+    out, variables = jax.eval_shape(lambda: bare.init_with_output(jax.random.key(0), mmx.example_batch(bare)))
+    assert out.streams and mmx.count_parameters(variables["params"]) == COUNTS[name], "run: python tests/test_pages.py"
 
 
 def test_weights_in_several_files(tmp_path):

@@ -91,7 +91,7 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=known)
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, int]:
-        """Returns the saved state, laid out like `state` on its mesh, and the position in the data.
+        """Returns the saved state, laid out like `state` (or the plan of one) on its mesh, and the position in the data.
 
         Raises:
             CheckpointError: there is none, its files are damaged, or it is of another model.
@@ -167,7 +167,7 @@ def _shape_differences(saved: Any, state: TrainState) -> list[str]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
         return {path_of(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
-    old, new = shapes(saved), shapes(dataclasses.replace(state, key=jax.random.key_data(state.key)))
+    old, new = shapes(saved), shapes(dataclasses.replace(state, key=jax.eval_shape(jax.random.key_data, state.key)))
     lines = []
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):

@@ -94,6 +94,34 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Published:
+    """A published model as a run holds it; `mmx convert` makes one of a published folder."""
+
+    family: str
+    """Its `model_type`."""
+    fields: dict[str, Any]
+    """Those of its config.json."""
+    heads: tuple[str, ...] = ()
+    """Its published heads."""
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The family and its configuration."""
+        from mmx.zoo import FAMILIES, parse  # other runs need not wait for it
+
+        if self.family not in FAMILIES:
+            raise InputError("published: " + unknown("family", self.family, FAMILIES))
+        family = FAMILIES[self.family]
+        return family, parse(family.config, self.fields, "published")
+
+    def build(self, dtype: str) -> MultimodalTransformer:
+        """The model, which computes in `dtype`."""
+        from mmx.zoo import build
+
+        return build(*self.parts, self.heads, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Trains, evaluates and resumes a multimodal Transformer. Without arguments: the default model on the emoji set."""
 
@@ -121,6 +149,9 @@ class Experiment:
     """How often a modality of an example is hidden in training; never the last one it has, and never in evaluation."""
     stages: Annotated[tuple[Stage, ...], tyro.conf.Suppress] = ()
     """An own topology, from a configuration file; it replaces `topology`."""
+    published: Annotated[Published | None, tyro.conf.Suppress] = None
+    """A published model, from a configuration file or `mmx convert`; it replaces `topology`, `modalities`, and but for the
+    type of the computation `model`. Its objectives have to do with the heads it has."""
     objectives: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
             "contrastive": objectives.Contrastive(),
@@ -145,7 +176,9 @@ class Experiment:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatches={self.microbatches}")
         if not self.stages and self.topology not in TOPOLOGIES | BEYOND:
             raise InputError(unknown("topology", self.topology, TOPOLOGIES | BEYOND))
-        if not self.active_objectives:
+        if self.published is not None:
+            object.__setattr__(self, "modalities", dict(self.build_model().modalities))
+        elif not self.active_objectives:
             raise InputError("objectives: every weight is 0; there is nothing to train")
         make_schedule(self.optimizer, self.steps)
         for name, objective in self.active_objectives.items():
@@ -170,6 +203,8 @@ class Experiment:
 
     def build_model(self) -> MultimodalTransformer:
         """The model, with the heads its objectives need."""
+        if self.published is not None:
+            return self.published.build(self.model.dtype)
         heads = objectives.needed_heads(self.active_objectives)
         return self.model.build(self.modalities, self.stages or self.topology, heads)
 

@@ -13,7 +13,7 @@ from mmx.model import MultimodalTransformer
 from mmx.train.checkpoint import find_checkpoint, open_checkpoints
 from mmx.train.experiment import Experiment, differences, from_json, to_json
 from mmx.train.optimizer import make_optimizer
-from mmx.train.state import make_state
+from mmx.train.state import planned_state
 from mmx.types import Params
 
 
@@ -23,6 +23,7 @@ class RunFolder:
     config.json            the complete configuration
     metrics.jsonl          one record a line
     tokenizer.json         how texts became ids
+    published/             tokenizer and preprocessing of a published model
     checkpoints/STEP/      the state
     tensorboard/           the metrics as events
     *.png                  what evaluators drew
@@ -32,6 +33,7 @@ class RunFolder:
         self.path = path
         self.config, self.metrics, self.tokenizer = path / "config.json", path / "metrics.jsonl", path / "tokenizer.json"
         self.checkpoints, self.tensorboard = path / "checkpoints", path / "tensorboard"
+        self.published = path / "published"
 
     def __str__(self) -> str:
         return os.fspath(self.path)
@@ -73,9 +75,8 @@ def load_run(path: Path, mesh: Mesh) -> tuple[Experiment, MultimodalTransformer,
     experiment = from_json(json.loads(folder.config.read_text()))
     model = experiment.build_model()
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    state, _ = make_state(model, optimizer, experiment.optimizer.ema > 0, experiment.seed, mesh)
     opened = open_checkpoints(checkpoints)
-    state, _ = opened.restore(state, step)
+    state, _ = opened.restore(planned_state(model, optimizer, experiment.optimizer.ema > 0, mesh), step)
     opened.close()
     tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
     return experiment, model, state.evaluated_params, tokenizer

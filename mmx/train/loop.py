@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -66,6 +67,8 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
     started = started or time.time()
     _use_compile_cache()
     mesh = make_mesh(experiment.mesh, devices)
+    if not experiment.active_objectives:
+        raise InputError("objectives: there are none, as `mmx convert` leaves it; give some in a configuration file")
     _check_batch(experiment, mesh)
     folder = open_folder(experiment)
     data = Pipeline(
@@ -84,6 +87,8 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
         stack.callback(checkpoints.close)
         state, first_step = _restore(experiment, checkpoints, state)
         folder.keep(experiment, data.tokenizer)
+        if (origin := _origin(experiment)) and origin.published.exists() and not folder.published.exists():
+            shutil.copytree(origin.published, folder.published)
         batches = PrefetchToDevice(data.train(first_step), functools.partial(put_batch, sharding=batch_sharding(mesh)))
         stack.callback(batches.close)
         writer = MetricsWriter(folder, first_step, experiment.log.tensorboard)
@@ -220,10 +225,15 @@ def _tokenizer(experiment: Experiment, folder: RunFolder) -> Tokenizer | None:
     """The tokenizer a run must keep to: its own, or that of the run whose state it starts from; None: a new one."""
     if folder.tokenizer.exists():
         return Tokenizer.load(folder.tokenizer)
-    if experiment.resume not in ("auto", "never", "must"):
-        other = find_checkpoint(Path(experiment.resume))[0].parent / folder.tokenizer.name
-        return Tokenizer.load(other) if other.exists() else None
-    return None
+    origin = _origin(experiment)
+    return Tokenizer.load(origin.tokenizer) if origin is not None and origin.tokenizer.exists() else None
+
+
+def _origin(experiment: Experiment) -> RunFolder | None:
+    """The folder of the run whose state this one starts from; None: there is none."""
+    if experiment.resume in ("auto", "never", "must"):
+        return None
+    return RunFolder(find_checkpoint(Path(experiment.resume))[0].parent)
 
 
 def _restore(experiment: Experiment, checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
@@ -297,8 +307,9 @@ def _headline(experiment: Experiment, task: Task, state: TrainState, mesh: Mesh,
     device = jax.devices()[0]
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     names = ", ".join(f"{o} (weight {v.weight:g})" for o, v in task.objectives.items())
+    kind = experiment.published.family if experiment.published else "own stages" if experiment.stages else experiment.topology
     lines = [
-        f"{experiment.topology if not experiment.stages else 'own stages'}, {' + '.join(task.model.modalities)}: "
+        f"{kind}, {' + '.join(task.model.modalities)}: "
         f"{count_parameters(state.params):,} parameters, {experiment.model.dtype}; {names}",
         f"{len(jax.devices())} {device.platform} device(s) ({device.device_kind}), mesh {shape}; run folder {folder}",
     ]

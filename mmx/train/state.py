@@ -42,29 +42,58 @@ class TrainState:
 
 
 def make_state(
-    model: MultimodalTransformer, optimizer: optax.GradientTransformation, ema: bool, seed: int, mesh: Mesh
+    model: MultimodalTransformer,
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    seed: int,
+    mesh: Mesh,
+    params: Params | None = None,
 ) -> tuple[TrainState, Any]:
-    """Creates the state in place, every part on its devices. Returns it and its shardings."""
+    """Creates the state in place, every part on its devices. Returns it and its shardings.
 
-    def init(key: jax.Array) -> TrainState:
+    Args:
+        model: what is trained.
+        optimizer: how.
+        ema: whether there is a moving average of the parameters.
+        seed: of all randomness.
+        mesh: the devices.
+        params: those to begin with; None: random ones.
+    """
+
+    def init(key: jax.Array, given: Params | None) -> TrainState:
         init_key, train_key = jax.random.split(key)
-        params = model.init(init_key, example_batch(model))["params"]
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            step=zero,
-            params=params,
-            opt_state=optimizer.init(params),
-            ema=jax.tree.map(jnp.copy, params) if ema else None,
-            key=train_key,
-            skipped=zero,
-            skipped_in_row=zero,
-        )
+        params: Params = model.init(init_key, example_batch(model))["params"] if given is None else given
+        return _first_state(params, optimizer, ema, train_key)
 
     key = jax.random.key(seed)
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(init, key, params)
     layout = shardings(mesh, shapes, params=shapes.params)
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=layout)(key), layout
+        return jax.jit(init, out_shardings=layout)(key, params), layout
+
+
+def planned_state(model: MultimodalTransformer, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
+    """The shapes, types and shardings of what `make_state` creates; nothing is computed."""
+
+    def init(key: jax.Array) -> TrainState:
+        return _first_state(model.init(key, example_batch(model))["params"], optimizer, ema, key)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    layout = shardings(mesh, shapes, params=shapes.params)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, layout)
+
+
+def _first_state(params: Params, optimizer: optax.GradientTransformation, ema: bool, key: jax.Array) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        key=key,
+        skipped=zero,
+        skipped_in_row=zero,
+    )
 
 
 def abstract_state(state: TrainState) -> TrainState:

@@ -101,10 +101,12 @@ __all__ = [
     "NAMES",
     "Family",
     "Pretrained",
+    "build",
     "configuration",
     "create_model",
     "list_models",
     "load_published",
+    "parse",
     "save_pretrained",
     "transplant",
 ]

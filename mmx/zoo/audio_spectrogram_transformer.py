@@ -15,6 +15,7 @@ from mmx.zoo import vit
 from mmx.zoo.bert import token_loss
 from mmx.zoo.config import Layers
 from mmx.zoo.family import Family, Runner
+from mmx.zoo.sounds import FilterBankSteps
 from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
 SPECIAL = ("class", "distillation")
@@ -112,5 +113,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix=BODY,
+        sound=FilterBankSteps,
     ),
 )

@@ -13,6 +13,7 @@ from mmx.errors import InputError
 from mmx.model import MultimodalTransformer
 from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
+from mmx.zoo.sounds import SoundSteps
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
 
@@ -110,6 +111,8 @@ class Family:
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell; None: it reads none.
         length: `config -> longest text`.
+        video: whether it reads videos, and not images.
+        sound: the kind of steps that prepare its sounds; None: it reads none.
         infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
         older: patterns in the tensors' names -> what older files have in their place.
     """
@@ -126,6 +129,8 @@ class Family:
     generation: Generation | None = None
     texts: Texts | None = None
     length: Callable[[Any], int] | None = None
+    video: bool = False
+    sound: type[SoundSteps] | None = None
     infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

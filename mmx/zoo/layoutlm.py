@@ -10,6 +10,7 @@ from mmx.model import MultimodalTransformer
 from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.family import Family, Runner
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
 
 
@@ -54,5 +55,7 @@ FAMILIES = (
         heads={"masked-lm": "cls.predictions"},
         prefix="layoutlm",
         known=bert.KNOWN,
+        texts=Texts("[CLS]", "[SEP]", lower=True, page=1000),
+        length=lambda c: c.max_position_embeddings,
     ),
 )

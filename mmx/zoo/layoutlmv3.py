@@ -20,6 +20,7 @@ from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner, channels_last, padded, whole_patches
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 PAGE = 1000  # length of a side
@@ -159,5 +160,7 @@ FAMILIES = (
         },
         prefix="layoutlmv3",
         known=(r"position_ids$", r"visual_bbox$"),
+        texts=Texts("<s>", "</s>", "<pad>", "<unk>", space=True, page=0),
+        length=lambda c: c.max_position_embeddings - c.pad_token_id - 1,
     ),
 )

@@ -1,4 +1,4 @@
-"""What a published model was trained with: size, mean and std of images, tokenizer and length of texts."""
+"""What a published model was trained with: size, mean and std of images, tokenizer and length of texts, features of sounds."""
 
 import dataclasses
 import json
@@ -10,10 +10,13 @@ import numpy as np
 from PIL import Image
 
 from mmx.errors import InputError
+from mmx.zoo.sounds import SoundSteps
 from mmx.zoo.tokenizer import FILES as TEXT_FILES
-from mmx.zoo.tokenizer import Texts, TextSteps, read_texts
+from mmx.zoo.tokenizer import Texts, TextSteps, WordSteps, read_texts
 
-FILES = (*TEXT_FILES, "preprocessor_config.json", "generation_config.json")
+SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json")
+WHOLE = "processor_config.json"  # where newer folders have the same, a part for each kind of raw value
+FILES = (*TEXT_FILES, *SETTINGS, WHOLE, "generation_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ImageSteps:
         crop: (height, width) of the middle that is kept; None: all.
         resample: the filter, as Pillow numbers them: 2 bilinear, 3 bicubic.
         scale: factor of pixels 0..255.
+        offset: what is taken off scaled pixels.
         mean: by channel, of scaled pixels.
         std: likewise.
     """
@@ -33,6 +37,7 @@ class ImageSteps:
     crop: tuple[int, int] | None = None
     resample: int = 3
     scale: float = 1 / 255
+    offset: float = 0.0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -55,7 +60,8 @@ class ImageSteps:
         pixels = np.asarray(image, np.float32)
         if self.crop is not None:
             pixels = _middle(pixels, self.crop)
-        return ((pixels * self.scale - np.asarray(self.mean, "f")) / np.asarray(self.std, "f")).transpose(2, 0, 1)
+        pixels = pixels * self.scale - self.offset
+        return ((pixels - np.asarray(self.mean, "f")) / np.asarray(self.std, "f")).transpose(2, 0, 1)
 
     def _size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) to resize to."""
@@ -74,11 +80,33 @@ def _middle(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
     return pixels[top : top + crop[0], left : left + crop[1]]
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoSteps:
+    """Videos to `pixel_values (B, T, C, H, W)` float32: every frame as an image."""
+
+    frames: ImageSteps
+
+    def __call__(self, videos: Sequence[Any]) -> dict[str, np.ndarray]:
+        """A video is an array (T, height, width, channels) uint8, or a list of its frames; all of one length."""
+        if isinstance(videos, (str, bytes)) or len({len(video) for video in videos}) != 1:
+            raise InputError("videos: expected a list of videos with the same number of frames")
+        return {"pixel_values": np.stack([self.frames(video)["pixel_values"] for video in videos])}
+
+
+def _settings(folder: Path, part: str) -> dict[str, Any]:
+    """The published fields of one kind of raw value; empty if the folder has none."""
+    for file in (folder / name for name in SETTINGS):
+        if file.exists():
+            return json.loads(file.read_text())
+    whole = json.loads((folder / WHOLE).read_text()) if (folder / WHOLE).exists() else {}
+    return whole.get(part, {})
+
+
 def read_images(folder: Path) -> ImageSteps | None:
-    """The steps of a published folder's preprocessor_config.json; None if it has none, or none for images."""
-    file = folder / "preprocessor_config.json"
-    fields = json.loads(file.read_text()) if file.exists() else {}
-    if "image_mean" not in fields:
+    """The steps that the files of a published folder tell of; None if there are none for images, or if they make images of
+    any size (ViLT, NaFlex), which these steps cannot."""
+    fields = _settings(folder, "image_processor") or _settings(folder, "video_processor")
+    if "image_mean" not in fields or {"size_divisor", "max_num_patches"} & set(fields):
         return None
     size, crop = fields.get("size", 224), fields.get("crop_size")
     if isinstance(size, dict):
@@ -90,6 +118,7 @@ def read_images(folder: Path) -> ImageSteps | None:
         crop=_pair(crop if crop is not None else size) if fields.get("do_center_crop") else None,
         resample=fields.get("resample", 2),
         scale=fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0,
+        offset=1.0 if fields.get("offset", fields.get("video_processor_type") == "VivitVideoProcessor") else 0.0,
         mean=tuple(fields["image_mean"]) if fields.get("do_normalize", True) else (0.0,) * 3,
         std=tuple(fields["image_std"]) if fields.get("do_normalize", True) else (1.0,) * 3,
     )
@@ -101,16 +130,31 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def read_sounds(folder: Path, kind: type[SoundSteps]) -> SoundSteps | None:
+    """The steps of a kind, as the files of a published folder tell them; None if they tell nothing of sounds."""
+    fields = _settings(folder, "feature_extractor")
+    if "sampling_rate" not in fields:
+        return None
+    return kind(**{f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields})
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """The steps of one model; each is None where its folder tells nothing of it."""
 
     texts: TextSteps | None = None
+    words: WordSteps | None = None
     images: ImageSteps | None = None
+    videos: VideoSteps | None = None
+    audio: SoundSteps | None = None
 
     def __call__(self, **raw: Any) -> dict[str, np.ndarray]:
-        """Published inputs of raw values by kind: `texts=[...]`, `images=[...]`."""
+        """Published inputs of raw values by kind: `texts=[...]`, `images=[...]`, `videos=[...]`, `audio=[...]`.
+
+        Of the words of pages and the boxes they stand in: `words=[[...]], boxes=[[...]]`.
+        """
         known = {f.name for f in dataclasses.fields(self)}
+        beside = (raw.pop("boxes"),) if "boxes" in raw and "words" in raw else ()
         inputs: dict[str, np.ndarray] = {}
         for kind, values in raw.items():
             steps = getattr(self, kind) if kind in known else None
@@ -120,17 +164,26 @@ class Preprocessing:
                     f"preprocess: the folder tells nothing of {kind}; it tells of {', '.join(told) or 'nothing'}. "
                     f"Its tokenizer and preprocessor_config.json lie beside config.json"
                 )
-            inputs |= steps(values)
+            inputs |= steps(values, *beside) if kind == "words" else steps(values)
         return inputs
 
 
-def read(folder: Path, length: int | None, rules: Texts | None) -> Preprocessing:
+def read(folder: Path, length: int | None, rules: Texts | None, video: bool, sound: type[SoundSteps] | None) -> Preprocessing:
     """All steps a published folder tells of.
 
     Args:
         folder: where its files lie.
         length: the longest text the model takes; None: it reads none.
         rules: of texts.
+        video: whether it reads videos, and not images.
+        sound: the kind of steps of its sounds; None: it reads none.
     """
     texts = read_texts(folder, length, rules) if length is not None and rules is not None else None
-    return Preprocessing(texts, read_images(folder))
+    images = read_images(folder)
+    return Preprocessing(
+        texts=texts,
+        words=WordSteps(texts) if texts is not None and texts.boxes else None,
+        images=None if video else images,
+        videos=VideoSteps(images) if video and images is not None else None,
+        audio=read_sounds(folder, sound) if sound is not None else None,
+    )

@@ -51,6 +51,11 @@ class Pretrained:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What its config.json says."""
+        return {**self.extra, **(to_published(self.config) if self.config is not None else {}), "model_type": self.family.name}
+
     def __call__(self, output_hidden_states: bool = False, output_attentions: bool = False, **inputs: Any) -> dict[str, Any]:
         """Published inputs (`pixel_values` as (B, C, H, W), `input_ids`, `attention_mask`, `labels`, ...) to published outputs.
 
@@ -238,19 +243,34 @@ def load_published(
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
     params = weight_files.read(weights, params, tensors, names, where)
-    extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(found.config)}}
+    return as_published(folder, found, config, fields, tuple(heads), model, params)
+
+
+def as_published(
+    folder: Path,
+    family: Family,
+    config: Any,
+    fields: Mapping[str, Any],
+    heads: tuple[str, ...],
+    model: MultimodalTransformer,
+    params: Params,
+) -> Pretrained:
+    """A model with its weights, the tokenizer and the preprocessing that lie in a folder, and the fields it does not read."""
+    extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(family.config)}}
     files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
-    steps = preprocess.read(folder, found.length(config) if found.length else None, found.texts)
-    return Pretrained(model, params, config, found, tuple(heads), steps, extra, files)
+    length = family.length(config) if family.length else None
+    steps = preprocess.read(folder, length, family.texts, family.video, family.sound)
+    return Pretrained(model, params, config, family, heads, steps, extra, files)
 
 
-def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32") -> None:
+def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32", shard: int = weight_files.SHARD) -> None:
     """Writes a folder in the published layout, which `load_pretrained` and the original library read.
 
     Args:
         folder: created if it is not there.
         pretrained: what is written.
         dtype: of the file: float32, float16 or bfloat16.
+        shard: the most bytes of a file; what is more is written into several.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,14 +278,12 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     weights, _ = _weights(family, pretrained.config, pretrained.model)
     if not pretrained.heads:  # the bare model, whose names have no prefix
         weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
-    weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
+    weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype, shard)
     for name, content in pretrained.files.items():
         with writing(folder / name) as path:
             path.write_bytes(content)
-    fields = to_published(pretrained.config) if pretrained.config is not None else {}
-    fields = {**pretrained.extra, **fields, "model_type": family.name}
     with writing(folder / "config.json") as path:
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(pretrained.fields, indent=2, sort_keys=True) + "\n")
 
 
 def build(family: Family, config: Any, heads: Sequence[str], dtype: str) -> MultimodalTransformer:

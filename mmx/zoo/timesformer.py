@@ -124,5 +124,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="timesformer",
+        video=True,
     ),
 )

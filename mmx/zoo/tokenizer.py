@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Texts:
         lower: whether letters are made small.
         full: whether every text is padded to the longest that the model takes (CLIP, SigLIP), and not to the longest given.
         word_end: what a byte-pair vocabulary marks the end of a word with (CLIP).
+        space: whether a space is put in front of a byte-pair vocabulary's first word, as of the others (RoBERTa's words of
+            pages).
+        page: for a family that reads words in boxes (LayoutLM), all four sides of the box of the token behind; that of the
+            others is 0. None: the family reads no boxes.
     """
 
     begin: str | None = None
@@ -47,24 +51,45 @@ class Texts:
     lower: bool = False
     full: bool = False
     word_end: str = ""
+    space: bool = False
+    page: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSteps:
-    """Texts to published inputs: ids padded on the right, and their attention mask."""
+    """Texts to published inputs: ids padded on the right, and their attention mask.
+
+    Args:
+        tokenizer: from texts to ids.
+        pad: the id of what is not there.
+        length: the longest text.
+        full: whether all are padded to it.
+        boxes: of special tokens, for words in boxes: `{id: (left, top, right, bottom)}`; empty: it reads no boxes.
+    """
 
     tokenizer: tokenizers.Tokenizer
     pad: int
     length: int
     full: bool
+    boxes: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
         """`input_ids` and `attention_mask (B, L)` of texts, or of pairs of them with their `token_type_ids`; cut at `length`."""
         if isinstance(texts, str) or not texts:
             raise InputError(f"texts={texts!r}; expected a list of texts, or of pairs of texts")
+        arrays = self.padded(self.encode(texts))
+        if isinstance(texts[0], str):
+            del arrays["token_type_ids"]  # all zero, which is what their absence means
+        return arrays
+
+    def encode(self, texts: Sequence[Any], words: bool = False) -> list[tokenizers.Encoding]:
+        """What the tokenizer makes of texts, or of lists of words, cut at `length`."""
         self.tokenizer.enable_truncation(self.length)
         self.tokenizer.no_padding()
-        encoded = self.tokenizer.encode_batch(list(texts))
+        return self.tokenizer.encode_batch(list(texts), is_pretokenized=words)
+
+    def padded(self, encoded: Sequence[tokenizers.Encoding]) -> dict[str, np.ndarray]:
+        """Ids, masks and types of several texts: `(B, L)` int32."""
         longest = self.length if self.full else max(len(e.ids) for e in encoded)
         rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
         for e in encoded:
@@ -72,10 +97,36 @@ class TextSteps:
             rows["input_ids"].append(e.ids + [self.pad] * missing)
             rows["attention_mask"].append([1] * len(e.ids) + [0] * missing)
             rows["token_type_ids"].append(e.type_ids + [0] * missing)
-        arrays = {name: np.asarray(row, np.int32) for name, row in rows.items()}
-        if isinstance(texts[0], str):
-            del arrays["token_type_ids"]  # all zero, which is what their absence means
-        return arrays
+        return {name: np.asarray(row, np.int32) for name, row in rows.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class WordSteps:
+    """The words of pages, and the boxes they stand in, to published inputs: every token has the box of its word."""
+
+    texts: TextSteps
+
+    def __call__(self, words: Sequence[Sequence[str]], boxes: Sequence[Any] | None = None) -> dict[str, np.ndarray]:
+        """`input_ids`, `attention_mask` `(B, L)` and `bbox (B, L, 4)` of pages.
+
+        Args:
+            words: of each page.
+            boxes: of each page's words: left, top, right, bottom in thousandths of the page.
+        """
+        boxes = [np.asarray(page) for page in (() if boxes is None else boxes)]
+        if isinstance(words, str) or not words or [(len(page), 4) for page in words] != [box.shape for box in boxes]:
+            raise InputError("words: expected words=[[...], ...] of pages and boxes=[[...], ...], one box of four a word")
+        if any(box.min() < 0 or box.max() > 1000 for box in boxes):
+            raise InputError("boxes: expected left, top, right, bottom in thousandths of the page, 0 to 1000: 1000 x / width")
+        encoded = self.texts.encode(words, words=True)
+        arrays = self.texts.padded(encoded)
+        del arrays["token_type_ids"]
+        special, longest = self.texts.boxes, arrays["input_ids"].shape[1]
+        bbox = []
+        for page, e in zip(boxes, encoded, strict=True):
+            own = [special[i] if word is None else page[word] for i, word in zip(e.ids, e.word_ids, strict=True)]
+            bbox.append(own + [special[self.texts.pad]] * (longest - len(own)))
+        return {**arrays, "bbox": np.asarray(bbox, np.int32)}
 
 
 def read_texts(folder: Path, length: int, rules: Texts) -> TextSteps | None:
@@ -93,7 +144,12 @@ def read_texts(folder: Path, length: int, rules: Texts) -> TextSteps | None:
     names = [_content(settings.get("pad_token")), rules.pad, rules.end, rules.unknown]
     pad = next((i for i in (tokenizer.token_to_id(name) for name in names if name) if i is not None), 0)
     length = min(length, int(min(settings.get("model_max_length") or length, 1e9)))
-    return TextSteps(tokenizer, pad, length, rules.full)
+    boxes = {}
+    if rules.page is not None:
+        begin, end = (tokenizer.token_to_id(token or "") for token in (rules.begin, rules.end))
+        sides = ((pad, "pad", 0), (begin, "cls", 0), (end, "sep", rules.page))
+        boxes = {i: settings.get(f"{name}_token_box", (side,) * 4) for i, name, side in sides if i is not None}
+    return TextSteps(tokenizer, pad, length, rules.full, boxes)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -144,7 +200,7 @@ def _byte_pairs(folder: Path, rules: Texts) -> tokenizers.Tokenizer:
             [pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=rules.space)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     vocab = tokenizer.get_vocab()
     tokenizer.add_special_tokens([t for t in dict.fromkeys((rules.begin, rules.end, rules.pad)) if t and t in vocab])

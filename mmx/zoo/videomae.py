@@ -179,6 +179,7 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="videomae",
+        video=True,
         known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$"),
     ),
     Family(
@@ -193,5 +194,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="vivit",
+        video=True,
     ),
 )

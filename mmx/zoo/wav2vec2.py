@@ -13,6 +13,7 @@ from mmx.topologies import PerStream
 from mmx.types import Masked
 from mmx.zoo.config import Layers, activation, only
 from mmx.zoo.family import Family, Runner
+from mmx.zoo.sounds import WaveSteps
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {
@@ -177,5 +178,6 @@ FAMILIES = (
         older={r"parametrizations\.weight\.original0$": "weight_g", r"parametrizations\.weight\.original1$": "weight_v"},
         # What only pretraining or recognition reads.
         known=(r"masked_spec_embed$", r"^(quantizer|project_hid|project_q|lm_head)\."),
+        sound=WaveSteps,
     ),
 )

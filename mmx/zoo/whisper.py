@@ -12,6 +12,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo import marian
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family
+from mmx.zoo.sounds import LogMelSteps
 from mmx.zoo.weights import Table, convolution, layers
 
 
@@ -109,5 +110,6 @@ FAMILIES = (
         prefix="model",
         known=(r"^proj_out\.weight$",),
         generation=GENERATION,
+        sound=LogMelSteps,
     ),
 )
