@@ -278,6 +278,25 @@ def test_a_decoder_alone_is_the_one_inside(tmp_path, folder, name):
     assert len(found["hidden_states"]) == len(whole["hidden_states"])
 
 
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"])
+def test_rows_with_different_numbers_of_images(name, rng):
+    """Image tokens are filled in order over the batch: each text gives what it gives alone with its own images."""
+    pretrained = mmx.load_pretrained(PUBLISHED[0].parent / name)
+    token, images = pretrained.config.image_token_index, rng.standard_normal((4, 3, 16, 16)).astype("f")  # of 4 tokens each
+    ids = rng.integers(10, 60, (3, 15))
+    ids[0, 1:5] = ids[0, 6:14] = ids[2, 2:4] = ids[2, 5:7] = token
+    types = {"token_type_ids": np.zeros_like(ids)} if name.startswith("Pali") else {}
+    written = np.zeros_like(ids)
+    together = pretrained(input_ids=ids, pixel_values=images, written=written, **types)
+    assert np.isfinite(together["logits"]).all()
+    for row, own in ((0, images[:3]), (1, None), (2, images[3:])):
+        alone = pretrained(input_ids=ids[row : row + 1], pixel_values=own, **{n: x[:1] for n, x in types.items()})
+        np.testing.assert_allclose(alone["logits"][0], together["logits"][row], atol=2e-5)
+    written[1, -1], ids[1, -1] = 1, token  # what was written by chance keeps no place for an image
+    again = pretrained(input_ids=ids, pixel_values=images, written=written, **types)
+    np.testing.assert_allclose(again["logits"][2], together["logits"][2], atol=2e-5)
+
+
 def test_another_resolution():
     pretrained = mmx.load_pretrained(VIT)
     fields = pretrained(pixel_values=np.ones((1, 3, 32, 48), "f"))
