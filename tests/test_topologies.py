@@ -840,7 +840,9 @@ def test_insert_puts_tokens_where_slots_say(rng, hidden):
     np.testing.assert_array_equal(told.values, out["text"].values)
     np.testing.assert_array_equal(told.mask, out["text"].mask)
     pairs[0, 1] = 4, 0  # there is no such row
-    assert np.isnan(stage.apply({"params": p}, {**streams, "text": Tokens(text, slots={"image": pairs})})["text"].values[0, 1]).all()
+    assert np.isnan(
+        stage.apply({"params": p}, {**streams, "text": Tokens(text, slots={"image": pairs})})["text"].values[0, 1]
+    ).all()
     absent = stage.apply({"params": p}, {"text": streams["text"]})["text"]
     np.testing.assert_array_equal(absent.mask, slots < 0)
     np.testing.assert_array_equal(absent.values, text)

@@ -84,5 +84,5 @@ def _taken(array: jax.Array, slots: Any, beyond: Any) -> jax.Array:
     """What `slots (B, L)` or `(B, L, 2)` take of `array (rows, tokens, ...)`; `beyond` where there is no such token."""
     if slots.ndim == 3:
         return jnp.asarray(array).at[slots[..., 0], slots[..., 1]].get(mode="fill", fill_value=beyond)
-    each = jnp.asarray(array).reshape(len(slots), -1, *array.shape[2:])  # a gather inside each example, which no mesh has to cross
+    each = jnp.asarray(array).reshape(len(slots), -1, *array.shape[2:])  # a gather inside each example crosses no mesh
     return jax.vmap(lambda one, at: one.at[at].get(mode="fill", fill_value=beyond))(each, slots)

@@ -44,9 +44,7 @@ class LlavaConfig:
     tie_word_embeddings: bool = False
 
 
-def place_images(
-    inputs: Mapping[str, Any], token: int, patch: int, special: int = 0
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def place_images(inputs: Mapping[str, Any], token: int, patch: int, special: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """The batch's images, in any number, and the slots that the texts keep for them; neither where there are no images.
 
     Wherever an id of a prompt is `token` stands the next token of the next image, text after text. An image has one for each
