@@ -140,6 +140,7 @@ CLASSES = {
         configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
     ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
+    "VisionTextDualEncoderModel": Class(rename=TOWERS | POOLED, call={"return_loss": True}),
     "Wav2Vec2Model": Class(calls={"nomask_": without("attention_mask")}),
 }
 

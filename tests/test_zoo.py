@@ -330,6 +330,59 @@ def test_parts_of_one_model_in_another(rng):
         mmx.zoo.transplant(params, vit.params, {"stages_0": "stages_9"})
 
 
+def test_any_two_towers_meet_in_one_space():
+    """By names, by folders, by fields; the parameters of two folders in their towers give the vectors of the two alone."""
+    name = "vision-text-dual-encoder"
+    one = {"vision_config.num_hidden_layers": 1, "text_config.num_hidden_layers": 2}
+    model = mmx.create_model(name, vision_config="clip-vit-base-patch32", text_config="roberta-base", projection_dim=9, **one)
+    assert model.embed == 9 and model.stages[0].depth == {"image": 1, "text": 2} and model.modalities["text"].vocab == 50265
+    towers = {"image": mmx.load_pretrained(CLIP), "text": mmx.load_pretrained(BERT)}
+    family, config = configuration(name, vision_config=towers["image"], text_config=towers["text"])
+    model = mmx.create_model(name, vision_config=towers["image"], text_config=towers["text"])
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    for part, tower in towers.items():
+        same = {path: path for path in (f"modalities_{part}", f"stages_0/{part}", f"poolers_{part}")}
+        params = mmx.zoo.transplant(params, tower.params, same)
+    ids, pixels = np.arange(1, 11).reshape(2, 5), np.ones((2, 3, 24, 24), "f")
+    found = Pretrained(model, params, config, family)(input_ids=ids, pixel_values=pixels, return_loss=True)
+    text = towers["text"](input_ids=ids)
+    np.testing.assert_allclose(found["text_model_output"]["pooler_output"], text["pooler_output"], atol=2e-5)
+    image = towers["image"](pixel_values=pixels)["vision_model_output"]
+    np.testing.assert_allclose(found["vision_model_output"]["pooler_output"], image["pooler_output"], atol=2e-5)
+    z = image["pooler_output"] @ params["projections_image"]["projection"]["kernel"]
+    np.testing.assert_allclose(found["image_embeds"], z / np.linalg.norm(z, axis=-1, keepdims=True), atol=2e-5)
+    assert np.isfinite(found["loss"]) and found["logits_per_image"].shape == (2, 2)
+    for tower, message in (
+        ("t5-small", "a tower for text reads nothing else, in one stack"),
+        ("vit-base-patch16-224", "a tower for text reads nothing else"),
+        ("siglip-base-patch16-224", "unknown family 'siglip_text_model'"),
+        (3, "text_config=3; name a model of the zoo"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmx.create_model(name, text_config=tower)
+    with pytest.raises(InputError, match="unknown field 'hidden_sise'"):
+        mmx.create_model(name, text_config={"hidden_sise": 3})
+
+
+def test_towers_of_clip_alone(tmp_path):
+    """Under the names of their own classes, those of older files, and inside a dual encoder of older files."""
+    whole = mmx.load_pretrained(CLIP)
+    tensors, fields = safetensors.numpy.load_file(CLIP / "model.safetensors"), json.loads((CLIP / "config.json").read_text())
+    pixels = np.ones((1, 3, 24, 24), "f")
+    expected = whole(pixel_values=pixels)["vision_model_output"]["pooler_output"]
+    (tmp_path / "config.json").write_text(json.dumps(fields["vision_config"]))
+    for before in ("vision_model.", ""):
+        inside = {before + n.removeprefix("vision_model."): x for n, x in tensors.items() if n.startswith("vision_model.")}
+        safetensors.numpy.save_file(inside, tmp_path / "model.safetensors")
+        np.testing.assert_array_equal(mmx.load_pretrained(tmp_path)(pixel_values=pixels)["pooler_output"], expected)
+    fields |= {"model_type": "vision-text-dual-encoder"}
+    fields = {n: fields[n] for n in ("model_type", "vision_config", "text_config", "projection_dim")}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    old = {n.replace("_model.", f"_model.{n.split('.')[0]}.", 1) if "_model." in n else n: x for n, x in tensors.items()}
+    safetensors.numpy.save_file(old, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path).params, whole.params)
+
+
 def test_fields_whose_length_hangs_on_values():
     array = np.arange(12).reshape(2, 3, 2)
     kept = Chosen(jnp.asarray(array), jnp.asarray([True, False, True]), 1).take()

@@ -51,6 +51,7 @@ MODULES = (  # one for each family, or for several close kin
     "videomae",
     "vilbert",
     "vilt",
+    "vision_text_dual_encoder",
     "visual_bert",
     "vit",
     "vit_mae",

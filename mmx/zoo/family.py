@@ -102,7 +102,7 @@ class Family:
         known: patterns of tensors that are stored and not read: buffers and tied copies.
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell; None: it reads none.
-        length: `config -> longest text`.
+        length: `config -> longest text`; None: it reads none.
         infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
         older: patterns in the tensors' names -> what older files have in their place.
     """
@@ -118,7 +118,7 @@ class Family:
     known: Sequence[str] = ()
     generation: Generation | None = None
     texts: Texts | None = None
-    length: Callable[[Any], int] | None = None
+    length: Callable[[Any], int | None] | None = None
     infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
