@@ -383,6 +383,57 @@ def test_towers_of_clip_alone(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path).params, whole.params)
 
 
+def test_videobert_is_a_bert_over_words_and_visual_words(tmp_path, rng):
+    """Both kinds in one sequence, wherever the padding of the words is, and each alone: the numbers of BERT with its table."""
+    small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 20}
+    small["max_position_embeddings"] = 10
+    heads = ("masked-lm", "matching")
+    family, c = configuration("videobert-base", **small, visual_vocab_size=16)
+    model = family.build(c, heads, "float32")
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    mmx.save_pretrained(tmp_path / "video", Pretrained(model, params, c, family, heads))
+    shutil.copytree(tmp_path / "video", tmp_path / "text")
+    fields = json.loads((tmp_path / "video" / "config.json").read_text())
+    del fields["visual_vocab_size"]
+    (tmp_path / "text" / "config.json").write_text(json.dumps(fields | {"model_type": "bert", "vocab_size": 20 + 1 + 16}))
+    tensors = safetensors.numpy.load_file(tmp_path / "video" / "model.safetensors")
+    tensors = {name.replace("videobert.", "bert."): x for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "text" / "model.safetensors")
+    both, bert = mmx.load_pretrained(tmp_path / "video"), mmx.load_pretrained(tmp_path / "text")
+
+    words = np.asarray([[1, 5, 6, c.joint_token_id, 0], [1, 7, 8, 9, c.joint_token_id]])
+    mask, ones = np.asarray([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), np.ones((2, 5), int)
+    codes = np.append(c.first_code + rng.integers(0, 16, (2, 4)), [[2], [2]], 1)
+    labels, video_labels = np.where(words == 6, 6, -100), np.where(codes > 25, codes, -100)
+    told = {"labels": labels, "video_labels": video_labels, "alignment_labels": np.asarray([0, 1])}
+    found = both(input_ids=words, attention_mask=mask, video_ids=codes, **told, output_hidden_states=True)
+    one = bert(
+        input_ids=np.append(words, codes, 1),
+        attention_mask=np.append(mask, ones, 1),
+        token_type_ids=np.append(0 * ones, ones, 1),
+        position_ids=np.append(np.arange(5) + 0 * ones, mask.sum(1, keepdims=True) + np.arange(5), 1),
+        labels=np.append(labels, video_labels, 1),
+        next_sentence_label=told["alignment_labels"],
+        output_hidden_states=True,
+    )
+    for ours, theirs in {"alignment_logits": "seq_relationship_logits", "hidden_states": "hidden_states"}.items():
+        np.testing.assert_allclose(found[ours], one[theirs], atol=2e-5)
+    for field in ("loss", "prediction_logits", "last_hidden_state", "pooler_output"):
+        np.testing.assert_allclose(found[field], one[field], atol=2e-5)
+
+    video, text = both(video_ids=codes, video_labels=video_labels), both(input_ids=words, attention_mask=mask, labels=labels)
+    for alone, ids, kind, there, asked in ((video, codes, ones, ones, video_labels), (text, words, 0 * ones, mask, labels)):
+        one = bert(input_ids=ids, token_type_ids=kind, attention_mask=there, labels=asked)
+        for field in ("loss", "prediction_logits", "last_hidden_state"):
+            np.testing.assert_allclose(alone[field], one[field], atol=2e-5)
+    assert "alignment_logits" not in text and "alignment_logits" not in video and "pooler_output" not in video
+    with pytest.raises(InputError, match="11 words and visual words; up to 10 fit"):
+        both(input_ids=words, video_ids=np.zeros((2, 6), int))
+    sizes = {name: configuration(name)[1] for name in ("videobert-base", "videobert-large")}
+    assert {c.first_code + c.visual_vocab_size for c in sizes.values()} == {30522 + 1 + 12**4}
+    assert sizes["videobert-large"].num_hidden_layers == 24
+
+
 def test_fields_whose_length_hangs_on_values():
     array = np.arange(12).reshape(2, 3, 2)
     kept = Chosen(jnp.asarray(array), jnp.asarray([True, False, True]), 1).take()

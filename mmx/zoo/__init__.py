@@ -48,6 +48,7 @@ MODULES = (  # one for each family, or for several close kin
     "timesformer",
     "uniter",
     "univl",
+    "videobert",
     "videomae",
     "vilbert",
     "vilt",
