@@ -246,15 +246,25 @@ def test_generation_continues_prompts_padded_on_the_left():
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
 
 
-def test_older_names_are_read(tmp_path):
-    shutil.copytree(WAV2VEC2, tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize(
+    ("folder", "old"),
+    [
+        (
+            WAV2VEC2,
+            {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"},
+        ),
+        (PUBLISHED[0].parent / "LlavaForConditionalGeneration", {"vision_tower.": "vision_tower.vision_model."}),
+    ],
+    ids=lambda x: x.name if isinstance(x, Path) else "",
+)
+def test_older_names_are_read(tmp_path, folder, old):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     for new, name in old.items():
         tensors = {n.replace(new, name): x for n, x in tensors.items()}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     params = mmx.load_pretrained(tmp_path).params
-    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(WAV2VEC2).params)
+    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(folder).params)
 
 
 @pytest.mark.parametrize(

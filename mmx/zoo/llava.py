@@ -132,5 +132,6 @@ FAMILIES = (
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         generation=Generation(beside={"written": 1}),
+        older={r"^vision_tower\.": "vision_tower.vision_model."},
     ),
 )

@@ -117,5 +117,6 @@ FAMILIES = (
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         generation=Generation(beside={"token_type_ids": 1, "written": 1}),
+        older={r"^vision_tower\.": "vision_tower.vision_model."},
     ),
 )
