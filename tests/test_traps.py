@@ -103,7 +103,7 @@ TRAPS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], str]]] = {
             {"params/stages_1/fused/relative_axes/bias_0": lambda table: table * 8**0.5},
             LAST,
         ),
-        "the page's norm has another eps": ({"model/modalities/image/norm": 1e-3}, LAST),
+        "the page's norm has an eps of its own": ({"model/modalities/image/norm": 1e-3}, LAST),
     },
     "GitForCausalLM": {
         "the text sees the image": ({"model/stages/2/sees": {"text": ()}}, "logits"),
@@ -126,7 +126,7 @@ TRAPS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], str]]] = {
     },
     "MBT": {
         "GELU by tanh": ({"model/stages/1/block/activation": "gelu"}, "logits"),
-        "norms of eps 1e-6": ({"model/stages/1/block/eps": 1e-4}, "logits"),
+        "norms that read their eps": ({"model/stages/1/block/eps": 1e-4}, "logits"),
         "class tokens' vectors are averaged": ({"model/heads/classification/fuse": "sum"}, "logits"),
     },
     "FlavaForPreTraining": {
@@ -139,7 +139,7 @@ TRAPS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], str]]] = {
     },
     "CLIPModel": {
         "the quick GELU": ({"text_config.hidden_act": "gelu"}, "text_embeds"),
-        "norms of eps 1e-5": ({"vision_config.layer_norm_eps": 1e-3}, "image_embeds"),
+        "norms of eps 1e-5": ({"vision_config.layer_norm_eps": 1e-12}, "image_embeds"),
         "a causal text": ({"model/stages/0/causal": ()}, "text_embeds"),
         "read at the end of the text": ({"model/poolers/text/token": "last"}, "text_embeds"),
         "a norm before the blocks": ({"model/modalities/image/norm": None}, "image_embeds"),
