@@ -42,9 +42,9 @@ class Tokens:
     (time, row, column); None: in their order. `special` names the learned tokens in front, such as ("class",).
 
     `groups (B, L)`: tokens of a causal stream with the same number, if it is not -1, see each other in both directions (the
-    prefix of a prefix-LM). `slots` says for another stream which of an example's tokens of it stand in the places of these,
-    `{stream: (B, L)}`, -1: none; `mmx.topologies.Insert` puts them there. Or, for `mmx.topologies.Scatter`, to which token of
-    that stream each of these is added.
+    prefix of a prefix-LM). `slots` says for another stream which of its tokens stand in the places of these, -1: none;
+    `{stream: (B, L)}` counts through an example's, `{stream: (B, L, 2)}` tells row and place; `mmx.topologies.Insert` puts
+    them there. Or, for `mmx.topologies.Scatter`, to which token of that stream each of these is added.
     """
 
     values: jax.Array

@@ -151,8 +151,27 @@ CLASSES = {
         configs={f"loss_norm_pix_{normalised}": {"norm_pix_loss": normalised} for normalised in (False, True)},
     ),
     "ViltModel": Class(rename={f"raster.{n}": n for n in ("image_mask", "image_last_hidden_state")}),
+    "VisionTextDualEncoderModel": Class(rename=TOWERS | POOLED, call={"return_loss": True}),
     "Wav2Vec2Model": Class(calls={"nomask_": without("attention_mask")}),
 }
+
+
+def recorded(folder: Path) -> dict[str, np.ndarray]:
+    """What the reference returned."""
+    return safetensors.numpy.load_file(folder / "outputs.safetensors")
+
+
+def given(folder: Path) -> dict[str, Any]:
+    """The inputs of the first call."""
+    inputs = safetensors.numpy.load_file(folder / "inputs.safetensors")
+    nested = CLASSES.get(class_of(folder), Class()).nested
+    first: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
+    for name, _, last in (name.partition(".") for name in inputs):
+        if name in nested:
+            key = last.partition(".")[0]
+            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
+            first.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
+    return first
 
 
 def run(folder: str | Path) -> dict[str, np.ndarray]:
@@ -160,27 +179,21 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     folder = Path(folder)
     if golden_losses.call_of(folder):
         return golden_losses.run(folder)
-    inputs, recorded = (safetensors.numpy.load_file(folder / f"{n}.safetensors") for n in ("inputs", "outputs"))
+    inputs, wanted, first = safetensors.numpy.load_file(folder / "inputs.safetensors"), recorded(folder), given(folder)
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
-    given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
-    for name, _, last in (name.partition(".") for name in inputs):
-        if name in names.nested:
-            key = last.partition(".")[0]
-            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
-            given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
-    fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
+    fields = {"": flatten(pretrained(**first, **names.call, output_hidden_states=True))}
     for prefix, inputs_of in names.calls.items():
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
-    for prefix, change in ((p, c) for p, c in names.configs.items() if any(n.startswith(p) for n in recorded)):
-        fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))
-    if "generate.sequences" in recorded:
+    for prefix, change in ((p, c) for p, c in names.configs.items() if any(n.startswith(p) for n in wanted)):
+        fields[prefix] = flatten(load(folder, names.family, change)(**first, **names.call, output_hidden_states=True))
+    if "generate.sequences" in wanted:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
-        others = {n: v for n, v in given.items() if n in names.source}
-        steps = recorded["generate.logits"].shape[1]
+        others = {n: v for n, v in first.items() if n in names.source}
+        steps = wanted["generate.logits"].shape[1]
         fields["generate."] = flatten(pretrained.generate(**{**others, **prompt}, max_new_tokens=steps))
     found = {}
-    for name in recorded:
+    for name in wanted:
         prefix = max((p for p in fields if name.startswith(p)), key=len)
         field = names.rename.get(name, ours(name.removeprefix(prefix), names.rename))
         if field in fields[prefix]:
@@ -226,20 +239,18 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def share(found: np.ndarray, expected: np.ndarray) -> float:
+    """The difference as a share of what is allowed: above 1 it is too large."""
+    if np.issubdtype(expected.dtype, np.integer):
+        return 0.0 if np.array_equal(found, expected) else np.inf
+    return float(np.abs(found - expected).max()) / (TOLERANCE * max(1.0, float(np.abs(expected).max())))
+
+
 def compare(folder: str | Path) -> dict[str, float]:
-    """Recorded name -> difference as a share of what is allowed: above 1 it is too large, infinite where there is no answer."""
-    recorded = safetensors.numpy.load_file(Path(folder) / "outputs.safetensors")
-    found = run(folder)
-    shares = {}
-    for name, expected in recorded.items():
-        if name not in found or found[name].shape != expected.shape:
-            shares[name] = np.inf
-        elif np.issubdtype(expected.dtype, np.integer):
-            shares[name] = 0.0 if np.array_equal(found[name], expected) else np.inf
-        else:
-            allowed = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-            shares[name] = float(np.abs(found[name] - expected).max()) / allowed
-    return shares
+    """Recorded name -> the share of what is allowed, infinite where there is no answer."""
+    found, wanted = run(folder), recorded(Path(folder))
+    there = {name for name, expected in wanted.items() if name in found and found[name].shape == expected.shape}
+    return {name: share(found[name], expected) if name in there else np.inf for name, expected in wanted.items()}
 
 
 def main() -> None:

@@ -249,6 +249,9 @@ def test_a_raw_value_tells_places_groups_and_slots():
     bare = tokens.without_special
     assert bare.special == () and bare.values.shape == (1, 3, 8)
     np.testing.assert_array_equal(bare.slots["image"], raw["slots"]["image"])
+    pairs = np.asarray([[[-1, -1], [3, 0], [3, 1]]])  # of a stream with other rows: (row, place)
+    told = module.apply({"params": params}, {**raw, "slots": {"image": pairs}})
+    np.testing.assert_array_equal(told.slots["image"], np.pad(pairs, ((0, 0), (1, 0), (0, 0)), constant_values=-1))
     for wrong in ({"group": np.zeros((1, 2), int)}, {"slots": {"image": np.zeros((1, 3))}}):
         with pytest.raises(InputError, match="has to hold integers of shape"):
             module.apply({"params": params}, {**raw, **wrong})

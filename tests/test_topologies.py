@@ -914,6 +914,14 @@ def test_insert_puts_tokens_where_slots_say(rng, hidden):
     np.testing.assert_allclose(out["text"].values, expected, atol=1e-5)
     np.testing.assert_array_equal(out["text"].mask, mask)
     assert out["image"].values.shape == (4, 2, 8) and out["image"].special == ()
+    pairs = np.where(slots[..., None] < 0, -1, np.stack([2 * np.arange(2)[:, None] + slots // 2, slots % 2], -1))
+    told = stage.apply({"params": p}, {**streams, "text": Tokens(text, slots={"image": pairs})})["text"]
+    np.testing.assert_array_equal(told.values, out["text"].values)
+    np.testing.assert_array_equal(told.mask, out["text"].mask)
+    pairs[0, 1] = 4, 0  # there is no such row
+    assert np.isnan(
+        stage.apply({"params": p}, {**streams, "text": Tokens(text, slots={"image": pairs})})["text"].values[0, 1]
+    ).all()
     absent = stage.apply({"params": p}, {"text": streams["text"]})["text"]
     np.testing.assert_array_equal(absent.mask, slots < 0)
     np.testing.assert_array_equal(absent.values, text)

@@ -249,15 +249,25 @@ def test_generation_continues_prompts_padded_on_the_left():
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
 
 
-def test_older_names_are_read(tmp_path):
-    shutil.copytree(WAV2VEC2, tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize(
+    ("folder", "old"),
+    [
+        (
+            WAV2VEC2,
+            {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"},
+        ),
+        (PUBLISHED[0].parent / "LlavaForConditionalGeneration", {"vision_tower.": "vision_tower.vision_model."}),
+    ],
+    ids=lambda x: x.name if isinstance(x, Path) else "",
+)
+def test_older_names_are_read(tmp_path, folder, old):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     for new, name in old.items():
         tensors = {n.replace(new, name): x for n, x in tensors.items()}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     params = mmx.load_pretrained(tmp_path).params
-    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(WAV2VEC2).params)
+    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(folder).params)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +289,25 @@ def test_a_decoder_alone_is_the_one_inside(tmp_path, folder, name):
     for field in ("logits", "last_hidden_state"):
         np.testing.assert_allclose(found[field], whole[field], atol=2e-5)
     assert len(found["hidden_states"]) == len(whole["hidden_states"])
+
+
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"])
+def test_rows_with_different_numbers_of_images(name, rng):
+    """Image tokens are filled in order over the batch: each text gives what it gives alone with its own images."""
+    pretrained = mmx.load_pretrained(PUBLISHED[0].parent / name)
+    token, images = pretrained.config.image_token_index, rng.standard_normal((4, 3, 16, 16)).astype("f")  # of 4 tokens each
+    ids = rng.integers(10, 60, (3, 15))
+    ids[0, 1:5] = ids[0, 6:14] = ids[2, 2:4] = ids[2, 5:7] = token
+    types = {"token_type_ids": np.zeros_like(ids)} if name.startswith("Pali") else {}
+    written = np.zeros_like(ids)
+    together = pretrained(input_ids=ids, pixel_values=images, written=written, **types)
+    assert np.isfinite(together["logits"]).all()
+    for row, own in ((0, images[:3]), (1, None), (2, images[3:])):
+        alone = pretrained(input_ids=ids[row : row + 1], pixel_values=own, **{n: x[:1] for n, x in types.items()})
+        np.testing.assert_allclose(alone["logits"][0], together["logits"][row], atol=2e-5)
+    written[1, -1], ids[1, -1] = 1, token  # what was written by chance keeps no place for an image
+    again = pretrained(input_ids=ids, pixel_values=images, written=written, **types)
+    np.testing.assert_allclose(again["logits"][2], together["logits"][2], atol=2e-5)
 
 
 def test_another_resolution():
@@ -312,6 +341,110 @@ def test_parts_of_one_model_in_another(rng):
     assert "modalities_image/position is (13, 32), modalities_image/position is (17, 32)" in str(error.value)
     with pytest.raises(InputError, match="the model has nothing at stages_9"):
         mmx.zoo.transplant(params, vit.params, {"stages_0": "stages_9"})
+
+
+def test_any_two_towers_meet_in_one_space():
+    """By names, by folders, by fields; the parameters of two folders in their towers give the vectors of the two alone."""
+    name = "vision-text-dual-encoder"
+    one = {"vision_config.num_hidden_layers": 1, "text_config.num_hidden_layers": 2}
+    model = mmx.create_model(name, vision_config="clip-vit-base-patch32", text_config="roberta-base", projection_dim=9, **one)
+    assert model.embed == 9 and model.stages[0].depth == {"image": 1, "text": 2} and model.modalities["text"].vocab == 50265
+    towers = {"image": mmx.load_pretrained(CLIP), "text": mmx.load_pretrained(BERT)}
+    family, config = configuration(name, vision_config=towers["image"], text_config=towers["text"])
+    model = mmx.create_model(name, vision_config=towers["image"], text_config=towers["text"])
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    for part, tower in towers.items():
+        same = {path: path for path in (f"modalities_{part}", f"stages_0/{part}", f"poolers_{part}")}
+        params = mmx.zoo.transplant(params, tower.params, same)
+    ids, pixels = np.arange(1, 11).reshape(2, 5), np.ones((2, 3, 24, 24), "f")
+    found = Pretrained(model, params, config, family)(input_ids=ids, pixel_values=pixels, return_loss=True)
+    text = towers["text"](input_ids=ids)
+    np.testing.assert_allclose(found["text_model_output"]["pooler_output"], text["pooler_output"], atol=2e-5)
+    image = towers["image"](pixel_values=pixels)["vision_model_output"]
+    np.testing.assert_allclose(found["vision_model_output"]["pooler_output"], image["pooler_output"], atol=2e-5)
+    z = image["pooler_output"] @ params["projections_image"]["projection"]["kernel"]
+    np.testing.assert_allclose(found["image_embeds"], z / np.linalg.norm(z, axis=-1, keepdims=True), atol=2e-5)
+    assert np.isfinite(found["loss"]) and found["logits_per_image"].shape == (2, 2)
+    for tower, message in (
+        ("t5-small", "a tower for text reads nothing else, in one stack"),
+        ("vit-base-patch16-224", "a tower for text reads nothing else"),
+        ("siglip-base-patch16-224", "unknown family 'siglip_text_model'"),
+        (3, "text_config=3; name a model of the zoo"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmx.create_model(name, text_config=tower)
+    with pytest.raises(InputError, match="unknown field 'hidden_sise'"):
+        mmx.create_model(name, text_config={"hidden_sise": 3})
+
+
+def test_towers_of_clip_alone(tmp_path):
+    """Under the names of their own classes, those of older files, and inside a dual encoder of older files."""
+    whole = mmx.load_pretrained(CLIP)
+    tensors, fields = safetensors.numpy.load_file(CLIP / "model.safetensors"), json.loads((CLIP / "config.json").read_text())
+    pixels = np.ones((1, 3, 24, 24), "f")
+    expected = whole(pixel_values=pixels)["vision_model_output"]["pooler_output"]
+    (tmp_path / "config.json").write_text(json.dumps(fields["vision_config"]))
+    for before in ("vision_model.", ""):
+        inside = {before + n.removeprefix("vision_model."): x for n, x in tensors.items() if n.startswith("vision_model.")}
+        safetensors.numpy.save_file(inside, tmp_path / "model.safetensors")
+        np.testing.assert_array_equal(mmx.load_pretrained(tmp_path)(pixel_values=pixels)["pooler_output"], expected)
+    fields |= {"model_type": "vision-text-dual-encoder"}
+    fields = {n: fields[n] for n in ("model_type", "vision_config", "text_config", "projection_dim")}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    old = {n.replace("_model.", f"_model.{n.split('.')[0]}.", 1) if "_model." in n else n: x for n, x in tensors.items()}
+    safetensors.numpy.save_file(old, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path).params, whole.params)
+
+
+def test_videobert_is_a_bert_over_words_and_visual_words(tmp_path, rng):
+    """Both kinds in one sequence, wherever the padding of the words is, and each alone: the numbers of BERT with its table."""
+    small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 20}
+    small["max_position_embeddings"] = 10
+    heads = ("masked-lm", "matching")
+    family, c = configuration("videobert-base", **small, visual_vocab_size=16)
+    model = family.build(c, heads, "float32")
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    mmx.save_pretrained(tmp_path / "video", Pretrained(model, params, c, family, heads))
+    shutil.copytree(tmp_path / "video", tmp_path / "text")
+    fields = json.loads((tmp_path / "video" / "config.json").read_text())
+    del fields["visual_vocab_size"]
+    (tmp_path / "text" / "config.json").write_text(json.dumps(fields | {"model_type": "bert", "vocab_size": 20 + 1 + 16}))
+    tensors = safetensors.numpy.load_file(tmp_path / "video" / "model.safetensors")
+    tensors = {name.replace("videobert.", "bert."): x for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "text" / "model.safetensors")
+    both, bert = mmx.load_pretrained(tmp_path / "video"), mmx.load_pretrained(tmp_path / "text")
+
+    words = np.asarray([[1, 5, 6, c.joint_token_id, 0], [1, 7, 8, 9, c.joint_token_id]])
+    mask, ones = np.asarray([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), np.ones((2, 5), int)
+    codes = np.append(c.first_code + rng.integers(0, 16, (2, 4)), [[2], [2]], 1)
+    labels, video_labels = np.where(words == 6, 6, -100), np.where(codes > 25, codes, -100)
+    told = {"labels": labels, "video_labels": video_labels, "alignment_labels": np.asarray([0, 1])}
+    found = both(input_ids=words, attention_mask=mask, video_ids=codes, **told, output_hidden_states=True)
+    one = bert(
+        input_ids=np.append(words, codes, 1),
+        attention_mask=np.append(mask, ones, 1),
+        token_type_ids=np.append(0 * ones, ones, 1),
+        position_ids=np.append(np.arange(5) + 0 * ones, mask.sum(1, keepdims=True) + np.arange(5), 1),
+        labels=np.append(labels, video_labels, 1),
+        next_sentence_label=told["alignment_labels"],
+        output_hidden_states=True,
+    )
+    for ours, theirs in {"alignment_logits": "seq_relationship_logits", "hidden_states": "hidden_states"}.items():
+        np.testing.assert_allclose(found[ours], one[theirs], atol=2e-5)
+    for field in ("loss", "prediction_logits", "last_hidden_state", "pooler_output"):
+        np.testing.assert_allclose(found[field], one[field], atol=2e-5)
+
+    video, text = both(video_ids=codes, video_labels=video_labels), both(input_ids=words, attention_mask=mask, labels=labels)
+    for alone, ids, kind, there, asked in ((video, codes, ones, ones, video_labels), (text, words, 0 * ones, mask, labels)):
+        one = bert(input_ids=ids, token_type_ids=kind, attention_mask=there, labels=asked)
+        for field in ("loss", "prediction_logits", "last_hidden_state"):
+            np.testing.assert_allclose(alone[field], one[field], atol=2e-5)
+    assert "alignment_logits" not in text and "alignment_logits" not in video and "pooler_output" not in video
+    with pytest.raises(InputError, match="11 words and visual words; up to 10 fit"):
+        both(input_ids=words, video_ids=np.zeros((2, 6), int))
+    sizes = {name: configuration(name)[1] for name in ("videobert-base", "videobert-large")}
+    assert {c.first_code + c.visual_vocab_size for c in sizes.values()} == {30522 + 1 + 12**4}
+    assert sizes["videobert-large"].num_hidden_layers == 24
 
 
 def test_fields_whose_length_hangs_on_values():

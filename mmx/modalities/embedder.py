@@ -39,7 +39,8 @@ class Embedder(nn.Module, kw_only=True):
         hidden (B, L)   where the mask token stands instead of the embedding (BEiT), if there is one
         group (B, L)    tokens of a causal text with the same number see each other both ways; -1: only what is before
         slots           {stream: which token of that stream stands here, counted through the example's; -1: none}, `(B, L)`;
-                        or to which this one is added, counted through all examples': `mmx.topologies.Insert`, `Scatter`
+                        or its (row, place) where the rows of that stream are not the examples, `(B, L, 2)`; or to which
+                        this one is added, counted through all examples': `mmx.topologies.Insert`, `Scatter`
 
     Args:
         width: size of a token, D; None: the model's.
@@ -181,12 +182,14 @@ class Embedder(nn.Module, kw_only=True):
         beside: dict[str, Any] = {"groups": fields.get(GROUP), "slots": fields.get(SLOTS)}
         for name, array in {GROUP: beside["groups"], **(beside["slots"] or {})}.items():
             if array is not None:
-                self._check(name, array, values.shape[:2], integer=True)
+                pair = (2,) if name != GROUP and array.ndim == 3 else ()
+                self._check(name, array, (*values.shape[:2], *pair), integer=True)
         if KEPT in fields:
             values, mask, coordinates = self._keep(fields[KEPT], values, mask, coordinates)
         if self.special:
             values, mask, coordinates = self._put_in_front(values, mask, coordinates)
-            beside = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (len(self.special), 0)), constant_values=-1), beside)
+            front = ((0, 0), (len(self.special), 0))
+            beside = jax.tree.map(lambda x: jnp.pad(x, (*front, *[(0, 0)] * (x.ndim - 2)), constant_values=-1), beside)
         kind = self.param("type_bias", INITIAL, (self.width,)).astype(self.dtype) if self.type else 0
         if not self.type_outside:
             values = values + kind

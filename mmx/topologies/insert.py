@@ -1,8 +1,10 @@
 """Tokens that go to places of another stream: into those it keeps for them, or onto what stands there."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, unknown
@@ -19,7 +21,8 @@ class Insert(Stage):
 
     Images inside a text, wherever they stand (LLaVA, arXiv 2304.08485; PaliGemma, arXiv 2407.07726). Which token goes where
     is told by the raw value of the text: `{"ids": (B, L), "slots": {"image": (B, L)}}`. Slots count through all tokens of an
-    example, special ones left out; where the source has several rows for an example, they stand one behind the other.
+    example, special ones left out; where the source has several rows for an example, they stand one behind the other. Where
+    examples differ in how many rows they have, `(B, L, 2)` tells of each slot the row of the source and the token in it.
 
     What replaces a token also takes its place in order and its causality. A slot of a token that is masked, or of a stream
     that is absent, is masked itself; one behind the last token is NaN. The source stays as a stream, mapped.
@@ -54,21 +57,18 @@ class Insert(Stage):
 
     def _inserted(self, streams: Streams) -> Streams:
         target = streams[self.into]
-        slots = (target.slots or {}).get(self.source)
+        slots: Any = (target.slots or {}).get(self.source)
+        empty: Any = None if slots is None else (slots if slots.ndim == 2 else slots[..., 0]) < 0  # (B, L)
         if self.source not in streams:
-            hidden = target if slots is None else dataclasses.replace(target, mask=target.dense_mask & (slots < 0))
+            hidden = target if empty is None else dataclasses.replace(target, mask=target.dense_mask & empty)
             return {self.into: hidden}
         source = self._mapped(streams[self.source], target.values.shape[-1])
         if slots is None:
             return {self.source: source}
-        rows = (len(slots), -1)
-        values = source.values.reshape(*rows, source.values.shape[-1])
-        values = jnp.take_along_axis(values, slots[..., None], 1)  # (B, L, D)
-        values = jnp.where((slots < 0)[..., None], target.values, values)
+        values = jnp.where(empty[..., None], target.values, _taken(source.values, slots, jnp.nan))
         mask = target.mask
         if mask is not None or source.mask is not None:
-            there = jnp.take_along_axis(source.dense_mask.reshape(rows), slots, 1, mode="clip")
-            mask = target.dense_mask & ((slots < 0) | there)
+            mask = target.dense_mask & (empty | _taken(source.dense_mask, slots, True))
         return {self.source: source, self.into: dataclasses.replace(target, values=values, mask=mask)}
 
     def _mapped(self, source: Tokens, width: int) -> Tokens:
@@ -116,3 +116,11 @@ class Scatter(Stage):
             new[self.into] = dataclasses.replace(into, values=flat.reshape(into.values.shape))
         sow_states(self, {name: tokens.values for name, tokens in new.items()})
         return new
+
+
+def _taken(array: jax.Array, slots: Any, beyond: Any) -> jax.Array:
+    """What `slots (B, L)` or `(B, L, 2)` take of `array (rows, tokens, ...)`; `beyond` where there is no such token."""
+    if slots.ndim == 3:
+        return jnp.asarray(array).at[slots[..., 0], slots[..., 1]].get(mode="fill", fill_value=beyond)
+    each = jnp.asarray(array).reshape(len(slots), -1, *array.shape[2:])  # a gather inside each example crosses no mesh
+    return jax.vmap(lambda one, at: one.at[at].get(mode="fill", fill_value=beyond))(each, slots)

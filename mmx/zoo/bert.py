@@ -179,6 +179,7 @@ def sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
     }
 
 
+TEXTS = Texts("[CLS]", "[SEP]", lower=True)
 FAMILIES = (
     Family(
         "bert",
@@ -198,7 +199,7 @@ FAMILIES = (
         },
         heads={"masked-lm": "cls.predictions", "matching": "cls.seq_relationship"},
         prefix="bert",
-        texts=Texts("[CLS]", "[SEP]", lower=True),
+        texts=TEXTS,
         length=lambda c: c.max_position_embeddings,
         known=KNOWN,
     ),

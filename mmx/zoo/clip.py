@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmx.errors import InputError
 from mmx.heads import Pooler, Projection
 from mmx.layers import BlockConfig
 from mmx.losses import clip_loss
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
+from mmx.topologies.stage import given
 from mmx.zoo.config import Pixels, activation
 from mmx.zoo.family import Family, Run, Runner, channels_last, padded
 from mmx.zoo.tokenizer import Texts
@@ -92,31 +94,64 @@ def image_embedder(c: Any) -> Patches:
     )
 
 
-def _build(c: CLIPConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    image, text = c.vision_config, c.text_config
+def image_tower(c: CLIPVisionConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    """The image tower alone: no norm behind its blocks, one on the class token."""
     return build_model(
-        {
-            "image": image_embedder(image),
-            "text": Ids(text.vocab_size, text.max_position_embeddings, width=text.hidden_size),
-        },
-        (
-            PerStream(
-                {"image": image.num_hidden_layers, "text": text.num_hidden_layers},
-                {"image": block(image, dtype, final_norm=False), "text": block(text, dtype)},
-                causal=("text",),
-            ),
-        ),
-        width=image.hidden_size,
-        heads=image.num_attention_heads,
-        embed=c.projection_dim,
-        # The first OpenAI configurations say eos_token_id=2 and mean the highest id, which is the end of text.
-        poolers={
-            "image": Pooler("first", norm=image.layer_norm_eps),
-            "text": Pooler("end", end=None if text.eos_token_id == 2 else text.eos_token_id),
-        },
-        projections={name: Projection(c.projection_dim) for name in ("image", "text")},
+        {"image": image_embedder(c)},
+        (PerStream({"image": c.num_hidden_layers}, {"image": block(c, dtype, final_norm=False)}),),
+        width=c.hidden_size,
+        heads=c.num_attention_heads,
+        embed=0,
+        poolers={"image": Pooler("first", norm=c.layer_norm_eps)},
         dtype=dtype,
     )
+
+
+def text_tower(c: CLIPTextConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    """The text tower alone, causal, and read at the end of the text."""
+    return build_model(
+        {"text": Ids(c.vocab_size, c.max_position_embeddings, width=c.hidden_size)},
+        (PerStream({"text": c.num_hidden_layers}, {"text": block(c, dtype)}, causal=("text",)),),
+        width=c.hidden_size,
+        heads=c.num_attention_heads,
+        embed=0,
+        # The first OpenAI configurations say eos_token_id=2 and mean the highest id, which is the end of text.
+        poolers={"text": Pooler("end", end=None if c.eos_token_id == 2 else c.eos_token_id)},
+        dtype=dtype,
+    )
+
+
+def meet(
+    towers: Mapping[str, MultimodalTransformer], embed: int, dtype: str, logit_scale: float = 1 / 0.07
+) -> MultimodalTransformer:
+    """Towers side by side, each one stream in one stack, and a space in which the vectors of their poolers meet.
+
+    Every parameter of a tower keeps its path.
+    """
+    for name, tower in towers.items():
+        if set(tower.modalities) != {name} or [type(stage) for stage in tower.stages] != [PerStream]:
+            raise InputError(f"a tower for {name} reads nothing else, in one stack; this one reads {', '.join(tower.modalities)}")
+    stages: Any = {name: tower.stages[0] for name, tower in towers.items()}
+    blocks = {name: given(stage.block, stage, name) for name, stage in stages.items()}
+    depths = {n: stage.depth[n] if isinstance(stage.depth, Mapping) else stage.depth for n, stage in stages.items()}
+    first = next(iter(blocks.values()))
+    return build_model(
+        {name: tower.modalities[name] for name, tower in towers.items()},
+        (PerStream(depths, blocks, causal=tuple(name for name, stage in stages.items() if name in stage.causal)),),
+        width=first.width,
+        heads=first.heads,
+        head_size=first.head_size,
+        embed=embed,
+        poolers={name: tower.poolers[name] for name, tower in towers.items() if name in tower.poolers},
+        projections={name: Projection(embed) for name in towers},
+        logit_scale=logit_scale,
+        dtype=dtype,
+    )
+
+
+def _build(c: CLIPConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    towers = {"image": image_tower(c.vision_config, (), dtype), "text": text_tower(c.text_config, (), dtype)}
+    return meet(towers, c.projection_dim, dtype)
 
 
 def image_table(published: str, c: Any) -> Table:
@@ -130,18 +165,28 @@ def image_table(published: str, c: Any) -> Table:
     }
 
 
-def _table(c: CLIPConfig) -> Table:
+def _vision_table(c: CLIPVisionConfig) -> Table:
+    return {**image_table("vision_model", c), "vision_model.post_layernorm": "poolers_image/norm"}
+
+
+def _text_table(c: CLIPTextConfig) -> Table:
     return {
-        "logit_scale": "logit_scale",
         "text_model.embeddings.token_embedding": "modalities_text/token",
         "text_model.embeddings.position_embedding.weight": "modalities_text/position",
         **layers("text_model.encoder.layers.{}", "stages_0/text/layers/block", LAYER),
         "text_model.final_layer_norm": "stages_0/text/norm",
-        "text_projection": "projections_text/projection",
-        **image_table("vision_model", c.vision_config),
-        "vision_model.post_layernorm": "poolers_image/norm",
-        "visual_projection": "projections_image/projection",
     }
+
+
+MEETING: Table = {  # of `meet`
+    "logit_scale": "logit_scale",
+    "text_projection": "projections_text/projection",
+    "visual_projection": "projections_image/projection",
+}
+
+
+def _table(c: CLIPConfig) -> Table:
+    return {**MEETING, **_text_table(c.text_config), **_vision_table(c.vision_config)}
 
 
 def towers(run: Runner, inputs: Mapping[str, Any]) -> Run:
@@ -154,31 +199,51 @@ def towers(run: Runner, inputs: Mapping[str, Any]) -> Run:
     return run(batch)
 
 
+def stream_fields(r: Run, stream: str) -> dict[str, Any]:
+    """What one tower left."""
+    return {
+        "last_hidden_state": r.out.streams[stream].values,
+        "pooler_output": r.out.pooled[stream],
+        "hidden_states": tuple(r.states("stages_0", stream)),
+    }
+
+
 def tower_fields(r: Run) -> dict[str, Any]:
     """What both towers left, under `text_model_output` and `vision_model_output`."""
     fields: dict[str, Any] = {}
     for stream, name in (("text", "text_model_output"), ("image", "vision_model_output")):
         if stream in r.out.streams:
-            fields[name] = {
-                "last_hidden_state": r.out.streams[stream].values,
-                "pooler_output": r.out.pooled[stream],
-                "hidden_states": tuple(r.states("stages_0", stream)),
-            }
+            fields[name] = stream_fields(r, stream)
             projected = r.intermediates.get(f"projections_{stream}", {})
             fields[f"{stream}_features"] = projected.get("features")  # before they are made unit vectors
     return fields
+
+
+def similarities(image: Any, text: Any, scale: Any, loss: bool) -> dict[str, Any]:
+    """The published logits of unit vectors, and the contrastive loss if it is asked for; nothing where one side is absent."""
+    if image is None or text is None:
+        return {}
+    logits = scale * text @ image.T
+    return {
+        "logits_per_text": logits,
+        "logits_per_image": logits.T,
+        "loss": clip_loss(image, text, scale) if loss else None,
+    }
 
 
 def _forward(run: Runner, c: CLIPConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = towers(run, inputs)
     image, text = r.out.embeddings.get("image"), r.out.embeddings.get("text")
     fields = {"image_embeds": image, "text_embeds": text, **tower_fields(r)}
-    if image is not None and text is not None:
-        scale: Any = r.out.logit_scale
-        fields["logits_per_text"] = scale * text @ image.T
-        fields["logits_per_image"] = fields["logits_per_text"].T
-        fields["loss"] = clip_loss(image, text, scale) if "return_loss" in inputs else None
-    return fields
+    return {**fields, **similarities(image, text, r.out.logit_scale, inputs.get("return_loss", False))}
+
+
+def _forward_image(run: Runner, c: CLIPVisionConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return stream_fields(run({"image": channels_last(inputs["pixel_values"])}), "image")
+
+
+def _forward_text(run: Runner, c: CLIPTextConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return stream_fields(run({"text": padded(inputs["input_ids"], inputs.get("attention_mask"))}), "text")
 
 
 def _text(layers: int, width: int, heads: int) -> dict[str, Any]:
@@ -229,6 +294,7 @@ OPEN_CLIP = {
     "ViT-bigG-14": _open_clip(14, (48, 1664, 16), (32, 1280, 20), intermediate_size=8192),
     "ViT-e-14": _open_clip(14, (56, 1792, 16), (36, 1280, 20), intermediate_size=15360),
 }
+TEXTS = Texts("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", full=True, word_end="</w>")
 FAMILIES = (
     Family(
         "clip",
@@ -245,7 +311,29 @@ FAMILIES = (
             **{f"ViT-{n}-quickgelu": _quick(OPEN_CLIP[f"ViT-{n}"]) for n in ("B-32", "B-16", "L-14", "L-14-336", "H-14")},
         },
         known=(r"position_ids$",),
-        texts=Texts("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", full=True, word_end="</w>"),
+        texts=TEXTS,
         length=lambda c: c.text_config.max_position_embeddings,
+    ),
+    Family(
+        "clip_text_model",
+        CLIPTextConfig,
+        text_tower,
+        _text_table,
+        _forward_text,
+        names={},
+        prefix="text_model",
+        known=(r"position_ids$",),
+        texts=TEXTS,
+        length=lambda c: c.max_position_embeddings,
+    ),
+    Family(
+        "clip_vision_model",
+        CLIPVisionConfig,
+        image_tower,
+        _vision_table,
+        _forward_image,
+        names={},
+        prefix="vision_model",
+        known=(r"position_ids$",),
     ),
 )

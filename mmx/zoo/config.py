@@ -290,21 +290,25 @@ def to_published(config: Any) -> dict[str, Any]:
 
 
 def override(config: Config, fields: Mapping[str, Any]) -> Config:
-    """The configuration with some fields changed; those of a part by a mapping or as `part.field`."""
-    nested: dict[str, Any] = {}
+    """The configuration with some fields changed; those of a part by a mapping or as `part.field`, after it was replaced."""
+    whole: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         part, dot, rest = name.partition(".")
         if dot:
             nested.setdefault(part, {})[rest] = value
+        elif isinstance(value, Mapping):
+            nested.setdefault(name, {}).update(value)
         else:
-            nested[name] = {**nested.get(name, {}), **value} if isinstance(value, Mapping) else value
+            whole[name] = value
     known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
-    for name, value in nested.items():
+    for name in (*whole, *nested):
         if name not in known:
             raise InputError(f"{type(config).__name__}: " + unknown("field", name, known))
-        if dataclasses.is_dataclass(getattr(config, name)) and isinstance(value, Mapping):
-            nested[name] = override(getattr(config, name), value)
-    return dataclasses.replace(config, **nested)  # type: ignore[type-var]
+    config = dataclasses.replace(config, **whole)  # type: ignore[type-var]
+    parts = {name: getattr(config, name) for name in nested}
+    parts = {n: override(part, nested[n]) if dataclasses.is_dataclass(part) else nested[n] for n, part in parts.items()}
+    return dataclasses.replace(config, **parts)  # type: ignore[type-var]
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:

@@ -110,7 +110,7 @@ class Family:
         known: patterns of tensors that are stored and not read: buffers and tied copies.
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell; None: it reads none.
-        length: `config -> longest text`.
+        length: `config -> longest text`; None: it reads none.
         video: whether it reads videos, and not images.
         sound: the kind of steps that prepare its sounds; None: it reads none.
         infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
@@ -128,7 +128,7 @@ class Family:
     known: Sequence[str] = ()
     generation: Generation | None = None
     texts: Texts | None = None
-    length: Callable[[Any], int] | None = None
+    length: Callable[[Any], int | None] | None = None
     video: bool = False
     sound: type[SoundSteps] | None = None
     infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None

@@ -44,17 +44,21 @@ class LlavaConfig:
     tie_word_embeddings: bool = False
 
 
-def slots(ids: Any, token: int) -> Any:
-    """Which image token stands in each place of a text: the first in the first place where the id is `token`; -1: none."""
-    at = ids == token
-    return jnp.where(at, jnp.cumsum(at, 1) - 1, -1)
+def place_images(inputs: Mapping[str, Any], token: int, patch: int, special: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The batch's images, in any number, and the slots that the texts keep for them; neither where there are no images.
 
-
-def place_images(inputs: Mapping[str, Any], token: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The batch's images, and the slots that the text keeps for them; neither where there are no images."""
+    Wherever an id of a prompt is `token` stands the next token of the next image, text after text. An image has one for each
+    `patch`, and `special` ones in front.
+    """
+    written = inputs.get("written", 0)
     if "pixel_values" not in inputs:
         return {}, {}
-    return {"image": channels_last(inputs["pixel_values"])}, {"slots": {"image": slots(inputs["input_ids"], token)}}
+    images = channels_last(inputs["pixel_values"], patch)
+    size = special + (images.shape[1] // patch) * (images.shape[2] // patch)
+    at = (inputs["input_ids"] == token) & (written == 0)  # (B, L)
+    count = jnp.cumsum(at).reshape(at.shape) - 1
+    slots = jnp.where(at[..., None], jnp.stack([count // size, count % size], -1), -1)
+    return {"image": images}, {"slots": {"image": slots}}
 
 
 def text_fields(r: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +109,8 @@ def _table(c: LlavaConfig) -> Table:
 
 
 def _forward(run: Runner, c: LlavaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    batch, beside = place_images(inputs, c.image_token_index)
+    full = c.vision_feature_select_strategy == "full"
+    batch, beside = place_images(inputs, c.image_token_index, c.vision_config.patch_size, special=int(full))
     r = run({**batch, "text": llama.read_text(inputs, **beside)})
     image = r.out.streams.get("image")
     fields = text_fields(r, inputs)
@@ -126,6 +131,7 @@ FAMILIES = (
         },
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
-        generation=Generation(),
+        generation=Generation(beside={"written": 1}),
+        older={r"^vision_tower\.": "vision_tower.vision_model."},
     ),
 )

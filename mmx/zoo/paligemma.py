@@ -91,7 +91,7 @@ def _table(c: PaliGemmaConfig) -> Table:
 
 def _forward(run: Runner, c: PaliGemmaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     ids = inputs["input_ids"]
-    batch, beside = place_images(inputs, c.image_token_index)
+    batch, beside = place_images(inputs, c.image_token_index, c.vision_config.patch_size)
     # A prompt is of type 0, which is read in both directions; where no types are told, all of it is causal, as published.
     prefix = inputs.get("token_type_ids", jnp.ones_like(ids)) == 0
     starts = prefix & ~jnp.pad(prefix, ((0, 0), (1, 0)))[:, :-1]
@@ -116,6 +116,7 @@ FAMILIES = (
         names={f"paligemma-3b-pt-{size}": _at(size) for size in (224, 448, 896)},
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
-        generation=Generation(beside={"token_type_ids": 1}),
+        generation=Generation(beside={"token_type_ids": 1, "written": 1}),
+        older={r"^vision_tower\.": "vision_tower.vision_model."},
     ),
 )
