@@ -52,6 +52,7 @@ def test_rows_without_keys_give_zero_in_value_and_gradient(rng):
         return jnp.square(attend(q, k, v, mask)).sum()
 
     assert not np.any(attend(x, x, x, mask)[1])
+    np.testing.assert_allclose(attend(x, x, x, mask, blind=True)[1], np.broadcast_to(x[1].mean(0), x[1].shape), atol=1e-6)
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(x, x, x):
         assert np.isfinite(gradient).all() and not np.any(gradient[1]) and np.any(gradient[0])
 

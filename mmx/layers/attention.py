@@ -61,6 +61,7 @@ def attend(
     visible: np.ndarray | jax.Array | None = None,
     bias: Float[Array, "*B H Lq Lk"] | None = None,
     scale: float | None = None,
+    blind: bool = False,
 ) -> Float[Array, "B Lq H V"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
 
@@ -72,9 +73,10 @@ def attend(
         visible: the rule who may see whom, `(Lq, Lk)`, a constant; or by example, `(B, 1, Lq, Lk)`.
         bias: added to the scores, `(H, Lq, Lk)` or `(B, H, Lq, Lk)`.
         scale: factor of the scores; None: 1 / sqrt(K).
+        blind: whether a query that may see no key gets the mean of all values, as from a softmax over equal scores.
 
     Returns:
-        `(B, Lq, H, V)`. A query that may see no key gets zeros, in value and in gradient.
+        `(B, Lq, H, V)`. A query that may see no key gets zeros, in value and in gradient, unless `blind`.
     """
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
@@ -87,7 +89,8 @@ def attend(
         scores = jnp.where(key_mask[:, None, None, :], scores, LOWEST)
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
-    highest = jnp.maximum(scores.max(-1, keepdims=True), LOWEST / 2)  # so that a row without keys has weights of zero
+    highest = scores.max(-1, keepdims=True)
+    highest = highest if blind else jnp.maximum(highest, LOWEST / 2)  # so that a row without keys has weights of zero
     weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
     total = weights.sum(-1)  # (B, H, Lq); at least 1 in a row with keys
     total = jnp.where(total == 0, 1, total).swapaxes(1, 2)[..., None]  # (B, Lq, H, 1)
@@ -114,6 +117,7 @@ class Attention(nn.Module):
     dtype: Any
     parts: tuple[tuple[str, int], ...] = ()
     value_size: int | None = None
+    blind: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
@@ -136,7 +140,7 @@ class Attention(nn.Module):
         if self.rotary and context is None:
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
-        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale)  # (B, L, H, K)
+        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale, self.blind)  # (B, L, H, K)
 
         def out(end: str) -> nn.Module:
             return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)

@@ -67,6 +67,9 @@ class BlockConfig:
     """Which projections of attention have biases, of query, key, value and out. None: all or none, as `bias` says."""
     scale: float | None = None
     """Factor of the attention scores. None: 1 / sqrt(head size); T5: 1."""
+    blind: bool = False
+    """What a token reads of itself and others that may see none of them: nothing, or the mean of all, padding and future too
+    (what published decoders leave of padding in front of a text; nobody sees it)."""
     rotary: float | None = None
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
     relative: int | tuple[int, int] | None = None
@@ -214,6 +217,7 @@ class Block(nn.Module):
                     kv_heads=c.kv_heads or c.heads,
                     bias=(PROJECTIONS if c.bias else ()) if c.attention_bias is None else c.attention_bias,
                     scale=c.scale,
+                    blind=c.blind,
                     qk_norm=c.qk_norm,
                     eps=c.eps,
                     rotary=c.rotary,
