@@ -157,7 +157,7 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
             members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
             given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
     fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
-    for prefix, inputs_of in names.calls.items():
+    for prefix, inputs_of in ((p, c) for p, c in names.calls.items() if any(n.startswith(p) for n in recorded)):
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
     for prefix, change in ((p, c) for p, c in names.configs.items() if any(n.startswith(p) for n in recorded)):
         fields[prefix] = flatten(load(folder, names.family, change)(**given, **names.call, output_hidden_states=True))

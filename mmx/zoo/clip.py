@@ -94,6 +94,7 @@ def image_embedder(c: Any) -> Patches:
         special_position=True,
         norm=c.layer_norm_eps,
         resize=True,
+        crop=True,
     )
 
 
@@ -107,7 +108,7 @@ def _build(c: CLIPConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         (
             PerStream(
                 {"image": image.num_hidden_layers, "text": text.num_hidden_layers},
-                {"image": block(image, dtype, final_norm=False), "text": block(text, dtype)},
+                {"image": block(image, dtype, final_norm=False), "text": block(text, dtype, blind=True)},
                 causal=("text",),
             ),
         ),

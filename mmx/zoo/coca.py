@@ -187,6 +187,7 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
                 special_position=True,
                 norm=None if image.no_ln_pre else EPS,
                 resize=True,
+                crop=True,
             ),
             "text": Ids(text.vocab_size, text.context_length, width=text.width, last=True),
         },
@@ -255,7 +256,7 @@ def _table(c: CoCaConfig) -> Table:
 def _forward(run: Runner, c: CoCaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if "image" in inputs:
-        batch["image"] = channels_last(inputs["image"], c.vision_cfg.patch_size)
+        batch["image"] = channels_last(inputs["image"])
     ids = inputs.get("text")
     if ids is not None:
         there, first = ids != c.text_cfg.pad_id, jnp.ones((len(ids), 1), bool)

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmx.heads import TokenScores
+from mmx.heads import TiedDecoder, TokenScores
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream
 from mmx.zoo import bert, clip
 from mmx.zoo.config import only
-from mmx.zoo.family import Family, Generation, Runner, channels_last, padded, whole_patches
+from mmx.zoo.family import Family, Generation, Runner, channels_last, padded
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
@@ -55,12 +55,14 @@ class GitConfig:
 
 
 def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, position_embedding_type="absolute", num_image_with_embedding=None, tie_word_embeddings=False)
+    only(c, position_embedding_type="absolute", num_image_with_embedding=None)
     image = c.vision_config
+    tied = TiedDecoder("text", transform=False, streams=("image", "text"))
+    scores = tied if c.tie_word_embeddings else TokenScores(c.vocab_size)
     return build_model(
         {
             "image": Patches(
-                whole_patches(image.image_size, image.patch_size),
+                (image.image_size,) * 2,
                 (image.patch_size, image.patch_size),
                 image.num_channels,
                 width=image.hidden_size,
@@ -69,6 +71,7 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
                 special_position=True,
                 norm=image.layer_norm_eps,
                 resize=True,
+                crop=True,
             ),
             "text": Ids(c.vocab_size, c.max_position_embeddings, width=c.hidden_size, norm=c.layer_norm_eps),
         },
@@ -79,7 +82,7 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
         ),
         width=c.hidden_size,
         embed=0,
-        outputs={"captioning": TokenScores(c.vocab_size)} if "captioning" in heads else {},
+        outputs={"captioning": scores} if "captioning" in heads else {},
         dtype=dtype,
         **bert.block(c),
     )
@@ -101,6 +104,7 @@ def _table(c: GitConfig) -> Table:
         "git.embeddings.LayerNorm": "modalities_text/norm",
         **layers("git.encoder.layer.{}", "stages_2/stack/layers/block", bert.LAYER),
         "output": "heads_captioning/classifier",
+        "output.bias": "heads_captioning/decoder_bias",  # where the matrix is tied
     }
 
 
@@ -108,7 +112,7 @@ def _forward(run: Runner, c: GitConfig, inputs: Mapping[str, Any]) -> dict[str, 
     beside = {"place": jnp.broadcast_to(inputs["position_ids"], inputs["input_ids"].shape)} if "position_ids" in inputs else {}
     batch = {"text": padded(inputs["input_ids"], inputs.get("attention_mask"), **beside)}
     if "pixel_values" in inputs:
-        batch = {"image": channels_last(inputs["pixel_values"], c.vision_config.patch_size), **batch}
+        batch = {"image": channels_last(inputs["pixel_values"]), **batch}
     r = run(batch, causal=("text",))
     streams = r.out.streams
     entered = [r.intermediates["stages_1"]["states"][name] for name in streams]
@@ -150,7 +154,7 @@ FAMILIES = (
             **{f"git-large{task}": _large(420) for task in _QUESTIONS},
         },
         heads={"captioning": "output."},
-        known=(r"position_ids$",),
+        known=(r"position_ids$", r"^output\.weight$"),
         generation=Generation(),
     ),
 )

@@ -18,7 +18,7 @@ from mmx.topologies import FUSED, Gather, PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.config import only
-from mmx.zoo.family import Family, Runner, channels_last, padded, whole_patches
+from mmx.zoo.family import Family, Runner, channels_last, padded
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 PAGE = 1000  # length of a side
@@ -67,12 +67,13 @@ def _build(c: LayoutLMv3Config, heads: Sequence[str], dtype: str) -> MultimodalT
         {
             "text": dataclasses.replace(bert.text_embedder(c), joined={"box": (*corner, *corner, *size)}),
             "image": Patches(
-                whole_patches(c.input_size, c.patch_size),
+                (c.input_size,) * 2,
                 (c.patch_size, c.patch_size),
                 c.num_channels,
                 special=("class",),
                 special_position=True,
                 norm=1e-6,
+                crop=True,
             ),
         },
         (Gather(norm=c.layer_norm_eps, norm_beside="image"), PerStream({FUSED: c.num_hidden_layers})),
@@ -138,7 +139,7 @@ def _read_image(c: LayoutLMv3Config, pixels: Any) -> dict[str, Any]:
     box = np.stack([ends[column], ends[row], ends[column + 1], ends[row + 1]], -1)
     box = np.concatenate([[[1, 1, PAGE - 1, PAGE - 1]], box])
     box = jnp.broadcast_to(jnp.asarray(box), (len(pixels), *box.shape))
-    return {"image": channels_last(pixels, c.patch_size), "coordinates": _coordinates(box)}
+    return {"image": channels_last(pixels), "coordinates": _coordinates(box)}
 
 
 def _forward(run: Runner, c: LayoutLMv3Config, inputs: Mapping[str, Any]) -> dict[str, Any]:

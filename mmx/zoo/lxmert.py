@@ -12,7 +12,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import activation
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
@@ -78,7 +78,6 @@ class LxmertConfig:
 
 
 def _build(c: LxmertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, tie_word_embeddings=True)
     act, eps, width = activation(c.hidden_act), c.layer_norm_eps, c.hidden_size
     outputs = {
         "masked-lm": bert.masked_lm_head(c),
@@ -120,6 +119,7 @@ def _table(c: LxmertConfig) -> Table:
         },
         "lxmert.pooler.dense": "poolers_text/transform",
         **bert.masked_lm_table("cls.predictions", "heads_masked-lm"),
+        "cls.predictions.decoder": "heads_masked-lm/decoder",  # where it is not tied
         "cls.seq_relationship": "heads_matching/classifier",
         "obj_predict_head.transform.dense": "heads_regions/transform",
         "obj_predict_head.transform.LayerNorm": "heads_regions/norm",
