@@ -167,7 +167,8 @@ def _forward(run: Runner, c: LxmertConfig, inputs: Mapping[str, Any]) -> dict[st
         **losses,
         "prediction_logits": words,
         "cross_relationship_score": relation,
-        "question_answering_score": answer,
+        # Published: where nothing is asked, one number that means nothing.
+        "question_answering_score": answer if c.task_qa or not heads else r.out.pooled["text"][0, 0],
         "obj_predict_head": regions,
         "language_output": r.out.streams["text"].values,
         "vision_output": r.out.streams["image"].values,
