@@ -120,6 +120,19 @@ def test_words_make_the_sublayers(rng):
         Block(SMALL, "cros mlp").init(jax.random.key(0), x)
 
 
+def test_scores_may_be_divided_by_the_number_of_the_layer(rng):
+    """As two stacks of one layer each, whose scores have the scale told."""
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    config = dataclasses.replace(SMALL, final_norm=False)
+    stack = Stack(2, dataclasses.replace(config, scale_by_layer=True))
+    params = stack.init(jax.random.key(0), x)["params"]
+    expected = x
+    for layer, scale in enumerate((1.0, 0.5)):
+        one = Stack(1, dataclasses.replace(config, scale=scale * (SMALL.width // SMALL.heads) ** -0.5))
+        expected = one.apply({"params": jax.tree.map(lambda p, layer=layer: p[layer : layer + 1], params)}, expected)
+    np.testing.assert_allclose(stack.apply({"params": params}, x), expected, atol=1e-6)
+
+
 def stack_output(config, x, key=None, depth=3):
     stack, weights = Stack(depth, config), jnp.cos(jnp.arange(x.size)).reshape(x.shape)
 

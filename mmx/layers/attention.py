@@ -35,6 +35,7 @@ class Sight:
         visible: the rule who may see whom, `(L, L)`, a constant; `(B, 1, L, L)` where it differs between examples.
         coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
         bias: added to the scores, `(H, L, L)` or `(B, H, L, L)`: relative positions.
+        scale: a further factor of the scores; None: none.
         lines: the streams that stand one behind the other; read by relative positions.
     """
 
@@ -42,6 +43,7 @@ class Sight:
     visible: Any = None
     coordinates: Any = None
     bias: Any = None
+    scale: Any = None
     lines: tuple[Line, ...] = flax.struct.field(pytree_node=False, default=())
 
 
@@ -140,6 +142,7 @@ class Attention(nn.Module):
         if self.rotary and context is None:
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
+        query = query if sight.scale is None else query * jnp.asarray(sight.scale, query.dtype)
         y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale, self.blind)  # (B, L, H, K)
 
         def out(end: str) -> nn.Module:

@@ -67,6 +67,9 @@ class BlockConfig:
     """Which projections of attention have biases, of query, key, value and out. None: all or none, as `bias` says."""
     scale: float | None = None
     """Factor of the attention scores. None: 1 / sqrt(head size); T5: 1."""
+    scale_by_layer: bool = False
+    """Whether the scores of self-attention in a stack are divided by the number of the layer too, counted from 1 (GPT-2 has that
+    as an option)."""
     blind: bool = False
     """What a token reads of itself and others that may see none of them: nothing, or the mean of all, padding and future too
     (what published decoders leave of padding in front of a text; nobody sees it)."""
