@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -150,12 +150,7 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     inputs, recorded = (safetensors.numpy.load_file(folder / f"{n}.safetensors") for n in ("inputs", "outputs"))
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
-    given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
-    for name, _, last in (name.partition(".") for name in inputs):
-        if name in names.nested:
-            key = last.partition(".")[0]
-            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
-            given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
+    given = first_call(inputs, names.nested)
     fields = {"": flatten(pretrained(**given, **names.call, output_hidden_states=True))}
     for prefix, inputs_of in ((p, c) for p, c in names.calls.items() if any(n.startswith(p) for n in recorded)):
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
@@ -174,6 +169,17 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
             value = np.asarray(fields[prefix][field])
             found[name] = value[names.rows[name](inputs)] if name in names.rows else value
     return found
+
+
+def first_call(inputs: Arrays, nested: Sequence[str]) -> dict[str, Any]:
+    """What is stored under names without a dot, and what is `nested`."""
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
+    for name, _, last in (name.partition(".") for name in inputs):
+        if name in nested:
+            key = last.partition(".")[0]
+            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
+            given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
+    return given
 
 
 def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo.Pretrained:

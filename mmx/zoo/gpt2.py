@@ -44,7 +44,7 @@ class GPT2Config:
 
 
 def _build(c: GPT2Config, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    only(c, add_cross_attention=False)
     scores = TiedDecoder("text", transform=False, bias=False, own=not c.tie_word_embeddings)
     return build_model(
         {"text": Ids(c.vocab_size, c.n_positions, width=c.n_embd)},
@@ -54,6 +54,7 @@ def _build(c: GPT2Config, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         mlp=c.n_inner or 4 * c.n_embd,
         activation=activation(c.activation_function, "activation_function"),
         eps=c.layer_norm_epsilon,
+        scale_by_layer=c.scale_attn_by_inverse_layer_idx,
         blind=True,
         scale=None if c.scale_attn_weights else 1.0,
         embed=0,

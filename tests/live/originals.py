@@ -129,17 +129,6 @@ def tensors(value: Any) -> Any:
     return torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
-def nested(inputs: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Stored inputs as those of a call: `obj_labels.obj.label` is in a dict of tuples."""
-    given: dict[str, Any] = {n: x for n, x in inputs.items() if "." not in n}
-    for name, x in inputs.items():
-        first, _, rest = name.partition(".")
-        if first in names:
-            key = rest.partition(".")[0]
-            given.setdefault(first, {})[key] = (inputs[f"{first}.{key}.label"], inputs[f"{first}.{key}.conf"])
-    return given
-
-
 def change(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration fields with some changed."""
     changed = {name: value for name, value in fields.items() if name not in DERIVED}
@@ -207,7 +196,7 @@ def record(name: str, model: torch.nn.Module, inputs: Mapping[str, np.ndarray], 
                 recorded.setdefault(new, value.clone().contiguous())
 
         hooks.append(model.get_submodule(module).register_forward_hook(seen))
-    given = nested(inputs, names.nested)
+    given = golden.first_call(inputs, names.nested)
     for beside, rename in reference.calls:
         call({**given, **names.call, **beside}, rename=rename)
         for hook in hooks:

@@ -1,6 +1,5 @@
 """Variants of every published class, made on the fly by the original libraries: the same numbers, in both directions."""
 
-
 import pytest
 
 for library in ("torch", "transformers"):

@@ -49,8 +49,7 @@ def _clip(c: Any, d: Draw) -> dict[str, Any]:
 
 
 def _siglip(c: Any, d: Draw) -> dict[str, Any]:
-    length = c.text_config.max_position_embeddings
-    return {**d.text(c.text_config.vocab_size, length=length), "pixel_values": d.pixels(c.vision_config)}
+    return {**d.text(c.text_config.vocab_size), "pixel_values": d.pixels(c.vision_config)}
 
 
 def _siglip2(c: Any, d: Draw) -> dict[str, Any]:
@@ -253,9 +252,9 @@ def _video_classes(c: Any, d: Draw) -> dict[str, Any]:
 
 
 def _perceiver_words(c: Any, d: Draw) -> dict[str, Any]:
-    length = c.max_position_embeddings
-    text = d.text(c.vocab_size, length=length)
-    return {"inputs": text["input_ids"], "attention_mask": text["attention_mask"], "labels": d.labels(c.vocab_size, length)}
+    text = d.text(c.vocab_size)
+    labels = d.labels(c.vocab_size, c.max_position_embeddings)
+    return {"inputs": text["input_ids"], "attention_mask": text["attention_mask"], "labels": labels}
 
 
 def _frames(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -442,7 +441,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         variant(4, 6, n_layer=1, n_embd=24, n_head=2, activation_function="relu", scale_attn_weights=False,
             without=("attention_mask",)),
         variant(2, 8, "left", n_layer=3, activation_function="quick_gelu", reorder_and_upcast_attn=True),
-        variant(2, 8, scale_attn_by_inverse_layer_idx=True, refused="scale_attn_by_inverse_layer_idx"),
+        variant(2, 8, scale_attn_by_inverse_layer_idx=True),
         variant(2, 8, tie_word_embeddings=False),
     ),
     "T5ForConditionalGeneration": (
@@ -681,7 +680,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         variant(3, 8, text_config={"num_hidden_layers": 1, "num_key_value_heads": 4}, vision_config={"num_channels": 1},
             vision_feature_layer=[-1, 1], without=("attention_mask",)),
         variant(2, 8, "left", vision_feature_layer=[-2, -3, 2], image_token_index=9, projector_hidden_act="gelu_new"),
-        variant(2, 8, vision_feature_layer=0, text_config={"tie_word_embeddings": True}, tie_word_embeddings=True),
+        variant(2, 8, vision_feature_layer=1, text_config={"tie_word_embeddings": True}, tie_word_embeddings=True),
         variant(2, 8, text_config={"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
             refused="factor"),
     ),
@@ -694,6 +693,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         variant(3, 8, text_config={"num_hidden_layers": 1, "num_key_value_heads": 4}, vision_config={"num_channels": 1,
             "image_size": 24}, without=("attention_mask",)),
         variant(2, 8, "left"),
+        variant(2, 8, without=("token_type_ids", "labels")),
         variant(2, 8, text_config={"tie_word_embeddings": False}, tie_word_embeddings=False),
     ),
 }
