@@ -133,7 +133,9 @@ def change(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     """Configuration fields with some changed."""
     changed = {name: value for name, value in fields.items() if name not in DERIVED}
     for name, value in changes.items():
-        changed[name] = change(fields[name], value) if isinstance(value, Mapping) and name in fields else value
+        changed[name] = (
+            change(fields[name], value) if isinstance(value, Mapping) and isinstance(fields.get(name), Mapping) else value
+        )
     if "num_labels" in changes:
         changed["id2label"] = {i: f"LABEL_{i}" for i in range(changes["num_labels"])}
         changed["label2id"] = {name: i for i, name in changed["id2label"].items()}
@@ -262,7 +264,7 @@ def make(name: str, v: Variant, reference: Reference, folder: Path) -> torch.nn.
     else:
         (folder / "config.json").write_text(json.dumps(config))
         safetensors.torch.save_file({n: x.contiguous() for n, x in model.state_dict().items()}, folder / "model.safetensors")
-    safetensors.torch.save_file({n: torch.tensor(x) for n, x in inputs.items()}, folder / "inputs.safetensors")
+    safetensors.torch.save_file({n: torch.tensor(x).contiguous() for n, x in inputs.items()}, folder / "inputs.safetensors")
     recorded = {n: x.detach().clone().contiguous() for n, x in recorded.items()}
     safetensors.torch.save_file(recorded, folder / "outputs.safetensors")
     return model

@@ -240,6 +240,7 @@ def _llava(c: Any, d: Draw) -> dict[str, Any]:
     if paligemma:
         types = np.arange(length) >= count + 3
         inputs["token_type_ids"] = np.broadcast_to(types, text["input_ids"].shape).astype(np.int64)
+        inputs["generate.token_type_ids"] = np.zeros_like(before["input_ids"])
     return inputs
 
 
@@ -323,7 +324,8 @@ def _coca(c: Any, d: Draw) -> dict[str, Any]:
 def _coca_model(fields: Mapping[str, Any]) -> torch.nn.Module:
     from open_clip.coca_model import CoCa
 
-    return CoCa(**{name: value for name, value in fields.items() if name != "reference_class"}).eval()
+    known = ("embed_dim", "multimodal_cfg", "text_cfg", "vision_cfg", "quick_gelu")
+    return CoCa(**{name: value for name, value in fields.items() if name in known}).eval()
 
 
 def _coca_more(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,7 +372,9 @@ REFERENCES = {
         inside={"lxmert": {n: n for n in ("language_output", "vision_output", "pooled_output")}},
         more=_lxmert_more,
     ),
-    "FlavaForPreTraining": Reference(_flava),
+    "FlavaForPreTraining": Reference(
+        _flava, unread=tuple(f"{head}_head.bias" for head in ("mim", "mlm", "mmm_image", "mmm_text"))
+    ),
     "BlipForConditionalGeneration": Reference(
         lambda c, d: {**_blip(c, d), "labels": d.labels(c.text_config.vocab_size)},
         inside={"text_decoder.bert": {"text_last_hidden_state": "last_hidden_state"}},
@@ -423,8 +427,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "context_length": 7}),
         variant(3, vision_cfg={"layers": 4, "width": 32, "attentional_pool": False, "no_ln_pre": True, "ls_init_value": 0.3},
             text_cfg={"ls_init_value": 0.2, "pad_id": 5}),
-        variant(4, embed_dim=32, vision_cfg={"image_size": 26}, text_cfg={"correct_cls_mask": True,
-            "final_ln_after_pool": True}),
+        variant(4, embed_dim=32, vision_cfg={"image_size": 26}, text_cfg={"final_ln_after_pool": True}),
         variant(2, vision_cfg={"pool_type": "avg"}, refused="pool_type"),
         variant(2, text_cfg={"norm_kwargs": {"eps": 1e-3}}, refused="norm_kwargs"),
     ),
