@@ -54,15 +54,18 @@ class LayoutLMv3Config:
     num_channels: int = 3
     patch_size: int = 16
 
+    @property
+    def spatial(self) -> bool:
+        """Whether the biases of boxes are read; published ones are never without those of places."""
+        return self.has_relative_attention_bias and self.has_spatial_attention_bias
+
 
 def _build(c: LayoutLMv3Config, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     only(c, text_embed=True, visual_embed=True)
-    if not c.has_relative_attention_bias:
-        only(c, has_spatial_attention_bias=False)  # the original has its weights and does not read them
     corner = tuple((axis, c.max_2d_position_embeddings, c.coordinate_size) for axis in ("x", "y"))
     size = tuple((side, c.max_2d_position_embeddings, c.shape_size) for side in ("box_height", "box_width"))
     axes = ((c.rel_pos_bins, c.max_rel_pos),) if c.has_relative_attention_bias else ()
-    axes += ((c.rel_2d_pos_bins, c.max_rel_2d_pos),) * 2 if c.has_spatial_attention_bias else ()
+    axes += ((c.rel_2d_pos_bins, c.max_rel_2d_pos),) * 2 if c.spatial else ()
     return build_model(
         {
             "text": dataclasses.replace(bert.text_embedder(c), joined={"box": (*corner, *corner, *size)}),
@@ -90,7 +93,7 @@ def _table(c: LayoutLMv3Config) -> Table:
     places = (c.input_size // c.patch_size) ** 2 + 1
     sides = {"x": "x", "y": "y", "h": "box_height", "w": "box_width"}
     biases = {"rel_pos_bias": c.has_relative_attention_bias}
-    biases |= dict.fromkeys(("rel_pos_x_bias", "rel_pos_y_bias"), c.has_spatial_attention_bias)
+    biases |= dict.fromkeys(("rel_pos_x_bias", "rel_pos_y_bias"), c.spatial)
     stack = f"stages_1/{FUSED}"
     return {
         **bert.embeddings_table("layoutlmv3.embeddings", "modalities_text"),
@@ -165,6 +168,6 @@ FAMILIES = (
             "layoutlmv3-large": {**bert.sized(24, 1024, 16), **_PUBLISHED, "coordinate_size": 171, "shape_size": 170},
         },
         prefix="layoutlmv3",
-        known=(r"position_ids$", r"visual_bbox$"),
+        known=(r"position_ids$", r"visual_bbox$", r"encoder\.rel_pos_[xy]_bias\.weight$"),
     ),
 )

@@ -255,7 +255,7 @@ def make(name: str, v: Variant, reference: Reference, folder: Path) -> torch.nn.
         redraw(model, seed)
         inputs = reference.inputs(config, Draw(v, seed))
         inputs = {n: x for n, x in inputs.items() if n not in v.without}
-        recorded = record(name, model, inputs, reference)
+        recorded = {} if v.refused else record(name, model, inputs, reference)
         if decided(recorded):
             break
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-for library in ("torch", "transformers"):
+for library in ("torch", "transformers", "open_clip"):
     pytest.importorskip(library)
 
 import golden
