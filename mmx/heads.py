@@ -242,11 +242,13 @@ class TokenScores(nn.Module):
         classes: how many.
         streams: whose tokens; None: all (GIT).
         bias: whether every class has a number of its own added to its scores.
+        tied: a modality of ids whose embedding is the matrix; None: a matrix of its own.
     """
 
     classes: int
     streams: tuple[str, ...] | None = None
     bias: bool = True
+    tied: str | None = None
     dtype: Any = "float32"
 
     @nn.compact
@@ -257,7 +259,11 @@ class TokenScores(nn.Module):
         if not read:
             return None
         x = jnp.concatenate(read, 1)
-        return nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        if self.tied is None:
+            return nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        ids: Any = modalities[self.tied]
+        scores = ids.decode(x)
+        return scores + self.param("bias", nn.initializers.zeros, scores.shape[-1:]) if self.bias else scores
 
 
 class TiedDecoder(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmx.heads import TiedDecoder, TokenScores
+from mmx.heads import TokenScores
 from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream
@@ -57,8 +57,7 @@ class GitConfig:
 def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     only(c, position_embedding_type="absolute", num_image_with_embedding=None)
     image = c.vision_config
-    tied = TiedDecoder("text", transform=False, streams=("image", "text"))
-    scores = tied if c.tie_word_embeddings else TokenScores(c.vocab_size)
+    scores = TokenScores(c.vocab_size, tied="text" if c.tie_word_embeddings else None)
     return build_model(
         {
             "image": Patches(
@@ -104,7 +103,7 @@ def _table(c: GitConfig) -> Table:
         "git.embeddings.LayerNorm": "modalities_text/norm",
         **layers("git.encoder.layer.{}", "stages_2/stack/layers/block", bert.LAYER),
         "output": "heads_captioning/classifier",
-        "output.bias": "heads_captioning/decoder_bias",  # where the matrix is tied
+        "output.bias": "heads_captioning/bias",  # where the matrix is tied
     }
 
 

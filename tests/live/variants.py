@@ -560,7 +560,6 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         variant(3, 8, without=("mlm_labels", "attention_mask")),
         variant(3, 8, itm_weight=0.0, mmm_text_weight=0.0),
         variant(3, 8, multimodal_config={"use_cls_token": False}),
-        variant(3, 8, image_config={"mask_token": False}, without=("bool_masked_pos", "mim_labels")),
         variant(3, 8, ce_ignore_index=-100, tie_word_embeddings=False),
     ),
     "BlipForConditionalGeneration": (
