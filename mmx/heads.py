@@ -223,6 +223,7 @@ class TokenClassifier(nn.Module):
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind that; None: no norm.
         bias: whether every class has a number of its own added to its scores.
+        tied: a modality of ids whose embedding is the matrix (GIT); None: a matrix of its own.
     """
 
     classes: int | Mapping[str, int]
@@ -232,6 +233,7 @@ class TokenClassifier(nn.Module):
     activation: str | None = None
     norm: float | None = None
     bias: bool = True
+    tied: str | None = None
     dtype: Any = "float32"
 
     @nn.compact
@@ -242,6 +244,10 @@ class TokenClassifier(nn.Module):
             return None
         x = jnp.concatenate(read, 1)
         x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
+        if self.tied is not None:
+            ids: Any = modalities[self.tied]
+            scores = ids.decode(x)
+            return scores + self.param("bias", nn.initializers.zeros, scores.shape[-1:]) if self.bias else scores
 
         def answer(classes: int, end: str = "") -> jax.Array:
             dense = nn.Dense(classes, use_bias=self.bias, dtype=self.dtype, name="classifier" + end)

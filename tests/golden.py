@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -164,14 +164,7 @@ def recorded(folder: Path) -> dict[str, np.ndarray]:
 def given(folder: Path) -> dict[str, Any]:
     """The inputs of the first call."""
     inputs = safetensors.numpy.load_file(folder / "inputs.safetensors")
-    nested = CLASSES.get(class_of(folder), Class()).nested
-    first: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
-    for name, _, last in (name.partition(".") for name in inputs):
-        if name in nested:
-            key = last.partition(".")[0]
-            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
-            first.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
-    return first
+    return first_call(inputs, CLASSES.get(class_of(folder), Class()).nested)
 
 
 def run(folder: str | Path) -> dict[str, np.ndarray]:
@@ -183,7 +176,7 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
     names = CLASSES.get(class_of(folder), Class())
     pretrained = mmx.load_pretrained(folder, family=names.family)
     fields = {"": flatten(pretrained(**first, **names.call, output_hidden_states=True))}
-    for prefix, inputs_of in names.calls.items():
+    for prefix, inputs_of in ((p, c) for p, c in names.calls.items() if any(n.startswith(p) for n in wanted)):
         fields[prefix] = flatten(pretrained(**{**names.call, **inputs_of(inputs)}, output_hidden_states=True))
     for prefix, change in ((p, c) for p, c in names.configs.items() if any(n.startswith(p) for n in wanted)):
         fields[prefix] = flatten(load(folder, names.family, change)(**first, **names.call, output_hidden_states=True))
@@ -200,6 +193,17 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
             value = np.asarray(fields[prefix][field])
             found[name] = value[names.rows[name](inputs)] if name in names.rows else value
     return found
+
+
+def first_call(inputs: Arrays, nested: Sequence[str]) -> dict[str, Any]:
+    """What is stored under names without a dot, and what is `nested`."""
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if "." not in name}
+    for name, _, last in (name.partition(".") for name in inputs):
+        if name in nested:
+            key = last.partition(".")[0]
+            members = {n: x for n, x in inputs.items() if n.startswith(f"{name}.{key}.")}
+            given.setdefault(name, {})[key] = tuple(members[n] for n in sorted(members, reverse=True))
+    return given
 
 
 def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo.Pretrained:

@@ -67,6 +67,7 @@ def test_rows_without_keys_give_zero_in_value_and_gradient(rng):
         return jnp.square(attend(q, k, v, mask)).sum()
 
     assert not np.any(attend(x, x, x, mask)[1])
+    np.testing.assert_allclose(attend(x, x, x, mask, blind=True)[1], np.broadcast_to(x[1].mean(0), x[1].shape), atol=1e-6)
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(x, x, x):
         assert np.isfinite(gradient).all() and not np.any(gradient[1]) and np.any(gradient[0])
 
@@ -132,6 +133,19 @@ def test_words_make_the_sublayers(rng):
     assert {name for name in params if not name.endswith("norm")} == {"cross", "mlp", "self", "mlp_1"}
     with pytest.raises(InputError, match="did you mean 'cross'"):
         Block(SMALL, "cros mlp").init(jax.random.key(0), x)
+
+
+def test_scores_may_be_divided_by_the_number_of_the_layer(rng):
+    """As two stacks of one layer each, whose scores have the scale told."""
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    config = dataclasses.replace(SMALL, final_norm=False)
+    stack = Stack(2, dataclasses.replace(config, scale_by_layer=True))
+    params = stack.init(jax.random.key(0), x)["params"]
+    expected = x
+    for layer, scale in enumerate((1.0, 0.5)):
+        one = Stack(1, dataclasses.replace(config, scale=scale * (SMALL.width // SMALL.heads) ** -0.5))
+        expected = one.apply({"params": jax.tree.map(lambda p, layer=layer: p[layer : layer + 1], params)}, expected)
+    np.testing.assert_allclose(stack.apply({"params": params}, x), expected, atol=1e-6)
 
 
 def stack_output(config, x, key=None, depth=3):

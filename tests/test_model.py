@@ -124,6 +124,7 @@ def test_streams_may_be_pooled_before_the_last_stage(inputs):
     """Two towers meet in the shared space, and then in the stages behind; heads read the end."""
     towers, both = mmx.topologies.PerStream(1), mmx.topologies.Joint(1)
     heads = {"all": TokenClassifier(5, None, transform=False), "some": TokenClassifier(5, "text", transform=False, bias=False)}
+    heads["tied"] = TokenClassifier(5, None, transform=False, tied="text")
     model = mmx.build_model(modalities(), (towers, both), width=16, heads=2, pool_after=1, outputs=heads)
     variables = init(model)
     out = model.apply(variables, inputs)
@@ -137,6 +138,8 @@ def test_streams_may_be_pooled_before_the_last_stage(inputs):
     np.testing.assert_allclose(out.logits["all"], x @ p["kernel"] + p["bias"], atol=1e-5)
     kernel = variables["params"]["heads_some"]["classifier"]["kernel"]
     np.testing.assert_allclose(out.logits["some"], out.streams["text"].values @ kernel, atol=1e-5)
+    words = variables["params"]["modalities_text"]["token"]["embedding"]
+    np.testing.assert_allclose(out.logits["tied"], x @ words.T, atol=1e-5)
 
 
 def test_dtype_reaches_every_part(inputs):

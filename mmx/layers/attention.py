@@ -36,6 +36,7 @@ class Sight:
         visible: the rule who may see whom, `(L, L)`, a constant; `(B, 1, L, L)` where it differs between examples.
         coordinates: where they stand, `(L, A)` or `(B, L, A)`; read by rotary positions.
         bias: added to the scores, `(H, L, L)` or `(B, H, L, L)`: relative positions.
+        scale: a further factor of the scores; None: none.
         lines: the streams that stand one behind the other; read by relative positions.
         reads: the rule who may see what of a context, `(L, M)`, a constant; None: all.
     """
@@ -44,6 +45,7 @@ class Sight:
     visible: Any = None
     coordinates: Any = None
     bias: Any = None
+    scale: Any = None
     lines: tuple[Line, ...] = flax.struct.field(pytree_node=False, default=())
     reads: Any = None
 
@@ -65,6 +67,7 @@ def attend(
     bias: Float[Array, "*B H Lq Lk"] | None = None,
     scale: float | None = None,
     see: Callable[[jax.Array], Any] | None = None,
+    blind: bool = False,
 ) -> Float[Array, "B Lq H V"]:
     """Scaled dot-product attention (arXiv 1706.03762, 3.2.1); scores and softmax in float32.
 
@@ -77,9 +80,10 @@ def attend(
         bias: added to the scores, `(H, Lq, Lk)` or `(B, H, Lq, Lk)`.
         scale: factor of the scores; None: 1 / sqrt(K).
         see: is called with the weights, `(B, H, Lq, Lk)` float32, by who wants to look at them.
+        blind: whether a query that may see no key gets the mean of all values, as from a softmax over equal scores.
 
     Returns:
-        `(B, Lq, H, V)`. A query that may see no key gets zeros, in value and in gradient.
+        `(B, Lq, H, V)`. A query that may see no key gets zeros, in value and in gradient, unless `blind`.
     """
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
@@ -92,7 +96,8 @@ def attend(
         scores = jnp.where(key_mask[:, None, None, :], scores, LOWEST)
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
-    highest = jnp.maximum(scores.max(-1, keepdims=True), LOWEST / 2)  # so that a row without keys has weights of zero
+    highest = scores.max(-1, keepdims=True)
+    highest = highest if blind else jnp.maximum(highest, LOWEST / 2)  # so that a row without keys has weights of zero
     weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
     total = weights.sum(-1, keepdims=True)  # (B, H, Lq, 1); at least 1 in a row with keys
     total = jnp.where(total == 0, 1, total)
@@ -124,6 +129,7 @@ class Attention(nn.Module):
     parts: tuple[tuple[str, int], ...] = ()
     value_size: int | None = None
     inner_norm: str | None = None  # the kind of a norm on what all heads read, before the output projection
+    blind: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, context: jax.Array | None = None) -> jax.Array:
@@ -146,9 +152,10 @@ class Attention(nn.Module):
         if self.rotary and context is None:
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
+        query = query if sight.scale is None else query * jnp.asarray(sight.scale, query.dtype)
         asked = self.is_mutable_collection("attentions") and not self.is_initializing()
         see = self._leave_weights if asked else None
-        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale, see)  # (B, L, H, K)
+        y = attend(query, key, value, sight.mask, sight.visible, sight.bias, self.scale, see, self.blind)  # (B, L, H, K)
         if (kind := self.inner_norm) is not None:
             read = y.reshape(*y.shape[:2], -1)
             y = each_part(read, self.parts, lambda end: make_norm(kind, self.eps, self.dtype, "norm" + end)).reshape(y.shape)

@@ -69,6 +69,12 @@ class BlockConfig:
     """Which projections of attention have biases, of query, key, value and out. None: all or none, as `bias` says."""
     scale: float | None = None
     """Factor of the attention scores. None: 1 / sqrt(head size); T5: 1."""
+    scale_by_layer: bool = False
+    """Whether the scores of self-attention in a stack are divided by the number of the layer too, counted from 1 (GPT-2 has that
+    as an option)."""
+    blind: bool = False
+    """What a token reads of itself and others that may see none of them: nothing, or the mean of all, padding and future too
+    (what published decoders leave of padding in front of a text; nobody sees it)."""
     rotary: float | None = None
     """Base of rotary positions in self-attention (10000 in RoFormer), by the coordinates of tokens; None: none."""
     relative: Relative | None = None
@@ -204,6 +210,7 @@ class Block(nn.Module):
                     kv_heads=c.kv_heads or c.heads,
                     bias=(PROJECTIONS if c.bias else ()) if c.attention_bias is None else c.attention_bias,
                     scale=c.scale,
+                    blind=c.blind,
                     qk_norm=c.qk_norm,
                     eps=c.eps,
                     rotary=c.rotary,

@@ -21,7 +21,7 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., nn.Module]:
     """Returns `layer` repeated `depth` times: parameters get a leading axis `layers`, inputs other than the first are shared.
 
-    The layer is called as `layer(carry, rate, *shared) -> (carry, None)`; `rate` is its drop-path rate, a scalar.
+    The layer is called as `layer(carry, own, shared) -> (carry, None)`; what is its `own` has the layers in front.
     """
     if config.remat != "none":
         layer = nn.remat(layer, prevent_cse=False, policy=POLICIES[config.remat])
@@ -53,9 +53,13 @@ class _Layer(nn.Module):
     leaves: bool  # its states to whoever called the scan
 
     @nn.compact
-    def __call__(self, x: jax.Array, rate: jax.Array, shared: tuple[Any, ...]) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, x: jax.Array, own: tuple[jax.Array, jax.Array], shared: tuple[Any, ...]
+    ) -> tuple[jax.Array, jax.Array | None]:
         block = Block(self.config, self.sublayers, self.parts, self.multiway, name="block")
-        sight, *rest = shared
+        (rate, number), (sight, *rest) = own, shared
+        if self.config.scale_by_layer:
+            sight = dataclasses.replace(sight, scale=1 / number)
         x = block(x, relative_positions(self.config, each=True)(sight), *rest, drop_path=rate)
         sow_states(self, x)
         return x, x if self.leaves else None
@@ -89,7 +93,8 @@ class Stack(nn.Module):
         layers = scan_layers(_Layer, self.depth, self.config)
         layers = layers(self.config, self.sublayers, self.parts, self.multiway, bool(self.taken), name="layers")
         entered = x
-        x, states = layers(x, drop_path_rates(self.depth, self.config), (sight, context, context_mask))
+        own = drop_path_rates(self.depth, self.config), jnp.arange(1, self.depth + 1)
+        x, states = layers(x, own, (sight, context, context_mask))
         if self.config.ends_with_norm:
             c, parts = self.config, self.parts if "norm" in self.multiway else ()
             x = each_part(x, parts, lambda end: make_norm(c.norm_kind, c.eps, c.dtype, f"norm{end}"))

@@ -25,7 +25,7 @@ class Patches(Embedder):
     Args:
         size: (height, width) in pixels; (frames, height, width) of a video; (mel bins, frames) of a spectrogram;
             (depth, height, width) of a volume. A last axis of channels follows.
-        patch: the same for a patch; divides `size`.
+        patch: the same for a patch; divides `size`, unless `crop`.
         stride: from one patch to the next, where they overlap (AST, arXiv 2104.01778); what is left over at the end is cut
             off. None: side by side.
         channels: C.
@@ -33,6 +33,7 @@ class Patches(Embedder):
         std: likewise.
         resize: whether other sizes that are multiples of `patch` are welcome; positions are then resampled to them.
         bias: whether the linear map of a patch has one (CLIP's has none).
+        crop: whether sizes that `patch` does not divide are welcome; what is left over at the end is cut off.
     """
 
     size: tuple[int, ...]
@@ -43,6 +44,7 @@ class Patches(Embedder):
     resize: bool = False
     bias: bool = True
     stride: tuple[int, ...] | None = None
+    crop: bool = False
 
     reads = ("image",)
 
@@ -51,8 +53,8 @@ class Patches(Embedder):
         return self._grid_of(self.size)
 
     def _grid_of(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        if self.stride is not None:
-            return overlapping_grid(size, self.patch, self.stride)
+        if self.stride is not None or self.crop:
+            return overlapping_grid(size, self.patch, self.stride or self.patch)
         fits = (
             len(self.patch) == len(size)
             and min(self.patch) >= 1
@@ -144,8 +146,9 @@ def overlapping_grid(size: tuple[int, ...], patch: tuple[int, ...], stride: tupl
 
 
 def cut(images: jax.Array, patch: tuple[int, ...]) -> jax.Array:
-    """Images `(B, *size, C)` -> their patches, row by row: `(B, L, pixels)`."""
+    """Images `(B, *size, C)` -> their whole patches, row by row: `(B, L, pixels)`."""
     grid = [size // side for size, side in zip(images.shape[1:-1], patch, strict=True)]
+    images = images[:, *(slice(count * side) for count, side in zip(grid, patch, strict=True))]
     return _rows(images.reshape(len(images), *[n for pair in zip(grid, patch, strict=True) for n in pair], images.shape[-1]))
 
 

@@ -12,7 +12,6 @@ from mmx.modalities.patches import overlapping_grid
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import vit
-from mmx.zoo.bert import token_loss
 from mmx.zoo.config import Layers
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.sounds import FilterBankSteps
@@ -82,7 +81,7 @@ def _forward(run: Runner, c: ASTConfig, inputs: Mapping[str, Any]) -> dict[str, 
     r = run({"audio": jnp.swapaxes(inputs["input_values"], 1, 2)[..., None]})  # (B, T, mel) -> (B, mel, T, 1)
     logits = r.out.logits.get("classification")
     return {
-        "loss": token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": vit.class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": r.out.streams["audio"].values,
         "pooler_output": r.out.pooled["audio"],

@@ -14,9 +14,8 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import Pixels, activation, only
 from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.videomae import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import pair
+from mmx.zoo.vit import class_loss, pair
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
@@ -57,6 +56,7 @@ def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         position=None if c.use_absolute_position_embeddings else "none",
         mask_token=c.use_mask_token,
         resize=True,
+        crop=True,
     )
     outputs = {
         "masked-image": TokenClassifier(c.vocab_size, "image", transform=False, norm=c.layer_norm_eps),

@@ -18,7 +18,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.types import Masked
 from mmx.zoo.config import activation, only
-from mmx.zoo.family import Chosen, Family, Runner, channels_last, whole_patches
+from mmx.zoo.family import Chosen, Family, Runner, channels_last
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 WAYS = {"A": "image", "B": "text"}  # published, and our stream
@@ -102,13 +102,14 @@ def _build(c: Beit3Config, heads: Sequence[str], dtype: str) -> MultimodalTransf
     return build_model(
         {
             "image": Patches(
-                whole_patches(c.img_size, c.patch_size),
+                (c.img_size,) * 2,
                 (c.patch_size,) * 2,
                 c.in_chans,
                 special=("class",),
                 special_position=True,
                 mask_token=True,
                 resize=True,
+                crop=True,
                 **shared,
             ),
             "text": Ids(c.vocab_size, c.max_source_positions - FIRST, **shared),
@@ -178,7 +179,7 @@ def _read(c: Beit3Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What is given of image and text. Padding begins as zeros, unlike that of other families."""
     batch: dict[str, Any] = {}
     if (pixels := _given(inputs, "visual_tokens", "image")) is not None:
-        batch["image"] = {"image": channels_last(pixels, c.patch_size)}
+        batch["image"] = {"image": channels_last(pixels)}
         if "vision_masked_position" in inputs:
             batch["image"]["hidden"] = inputs["vision_masked_position"].reshape(len(pixels), -1)
     if (ids := _given(inputs, "textual_tokens", "text_description", "question", "text_ids")) is not None:

@@ -65,13 +65,14 @@ def block(c: Any) -> dict[str, Any]:
 
 
 def masked_lm_head(c: Any, modality: str = "text") -> TiedDecoder:
-    """A dense layer, the activation, a norm, and the embedding as the matrix."""
-    return TiedDecoder(modality, activation=activation(c.hidden_act), norm=c.layer_norm_eps)
+    """A dense layer, the activation, a norm, and the embedding as the matrix, unless it is not tied."""
+    tied = getattr(c, "tie_word_embeddings", True)
+    return TiedDecoder(modality, activation=activation(c.hidden_act), norm=c.layer_norm_eps, own=not tied)
 
 
 def assemble(c: Any, text: Ids, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     """One post-norm stack over the tokens of `text`, a pooler, and the heads that are named."""
-    only(c, position_embedding_type="absolute", is_decoder=False, tie_word_embeddings=True)
+    only(c, position_embedding_type="absolute", is_decoder=False)
     outputs = {"masked-lm": masked_lm_head(c), "matching": Classifier(2, "text", transform=False)}
     return build_model(
         {"text": text},
@@ -99,28 +100,30 @@ def embeddings_table(published: str, ours: str) -> Table:
     }
 
 
-def masked_lm_table(published: str, ours: str) -> Table:
-    """The weights of `masked_lm_head`."""
+def masked_lm_table(published: str, ours: str, tied: bool = True) -> Table:
+    """The weights of `masked_lm_head`; a matrix of its own has a bias of its own, and the other one is not read."""
+    own = {} if tied else {f"{published}.decoder": f"{ours}/decoder", f"{published}.decoder.bias": f"{ours}/decoder_bias"}
     return {
         f"{published}.transform.dense": f"{ours}/transform",
         f"{published}.transform.LayerNorm": f"{ours}/norm",
+        **own,
         f"{published}.bias": f"{ours}/decoder_bias",
     }
 
 
-def encoder_table(prefix: str) -> Table:
+def encoder_table(prefix: str, tied: bool = True) -> Table:
     """The weights of `assemble`, but for tables beside BERT's."""
     return {
         **embeddings_table(f"{prefix}.embeddings", "modalities_text"),
         **layers(prefix + ".encoder.layer.{}", "stages_0/text/layers/block", LAYER),
         f"{prefix}.pooler.dense": "poolers_text/transform",
-        **masked_lm_table("cls.predictions", "heads_masked-lm"),
+        **masked_lm_table("cls.predictions", "heads_masked-lm", tied),
         "cls.seq_relationship": "heads_matching/classifier",
     }
 
 
 def _table(c: BertConfig) -> Table:
-    return encoder_table("bert")
+    return encoder_table("bert", c.tie_word_embeddings)
 
 
 def read_text(inputs: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Bridge, PerStream
 from mmx.zoo import bert, blip, clip, roberta
 from mmx.zoo.config import Words, activation, only
-from mmx.zoo.family import Family, Run, Runner, channels_last, whole_patches
+from mmx.zoo.family import Family, Run, Runner, channels_last
 from mmx.zoo.siglip import attention_table
 from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
 
@@ -158,9 +158,7 @@ def _build(c: BridgeTowerConfig, heads: Sequence[str], dtype: str) -> Multimodal
     return build_model(
         {
             "text": bert.text_embedder(text),
-            "image": dataclasses.replace(
-                clip.image_embedder(image), size=whole_patches(image.image_size, image.patch_size), parent=None
-            ),
+            "image": clip.image_embedder(image),
         },
         (
             PerStream({"text": text.num_hidden_layers, "image": image.depth}, blocks, taken=dict.fromkeys(STREAMS, read)),
@@ -229,7 +227,7 @@ def _forward(run: Runner, c: BridgeTowerConfig, inputs: Mapping[str, Any]) -> di
     r = run(
         {
             "text": roberta.read_text(c.text_config, words),
-            "image": channels_last(inputs["pixel_values"], image.patch_size),
+            "image": channels_last(inputs["pixel_values"]),
         }
     )
     text, image = (r.out.streams[name].values for name in STREAMS)

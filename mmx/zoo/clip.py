@@ -91,6 +91,7 @@ def image_embedder(c: Any) -> Patches:
         special_position=True,
         norm=c.layer_norm_eps,
         resize=True,
+        crop=True,
     )
 
 
@@ -111,7 +112,7 @@ def text_tower(c: CLIPTextConfig, heads: Sequence[str], dtype: str) -> Multimoda
     """The text tower alone, causal, and read at the end of the text."""
     return build_model(
         {"text": Ids(c.vocab_size, c.max_position_embeddings, width=c.hidden_size)},
-        (PerStream({"text": c.num_hidden_layers}, {"text": block(c, dtype)}, causal=("text",)),),
+        (PerStream({"text": c.num_hidden_layers}, {"text": block(c, dtype, blind=True)}, causal=("text",)),),
         width=c.hidden_size,
         heads=c.num_attention_heads,
         embed=0,

@@ -25,6 +25,7 @@ from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 EPS = 1e-5
 CAPTION_WEIGHT = 2.0  # of the caption's loss beside the contrastive one's 1 (arXiv 2205.01917, 4.1)
+LOSS_PAD = 0  # the id that its loss leaves out, whatever pad_id is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,6 @@ class CoCaTextConfig:
     pad_id: int = 0
     eos_id: int = 2
     no_causal_mask: bool = False
-    use_pad_mask: bool = False
-    correct_cls_mask: bool = False
     final_ln_after_pool: bool = False
     pool_type: str = "argmax"
     proj_bias: bool = False
@@ -187,6 +186,7 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
                 special_position=True,
                 norm=None if image.no_ln_pre else EPS,
                 resize=True,
+                crop=True,
             ),
             "text": Ids(text.vocab_size, text.context_length, width=text.width, last=True),
         },
@@ -257,13 +257,12 @@ def _table(c: CoCaConfig) -> Table:
 def _forward(run: Runner, c: CoCaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if "image" in inputs:
-        batch["image"] = channels_last(inputs["image"], c.vision_cfg.patch_size)
+        batch["image"] = channels_last(inputs["image"])
     ids = inputs.get("text")
     if ids is not None:
-        there, first = ids != c.text_cfg.pad_id, jnp.ones((len(ids), 1), bool)
         # Published weights were trained with the padding's mask one place too far to the right, and open_clip keeps to it.
-        mask = [there, first] if c.text_cfg.correct_cls_mask else [first, there]
-        batch["text"] = Masked(ids, jnp.concatenate(mask, 1), keep=True)
+        mask = jnp.pad(ids != c.text_cfg.pad_id, ((0, 0), (1, 0)), constant_values=True)
+        batch["text"] = Masked(ids, mask, keep=True)
     r = run(batch, causal=("text",) if ids is not None else ())
     fields: dict[str, Any] = {"logit_scale": r.out.logit_scale}
     for name in batch:
@@ -281,7 +280,7 @@ def _forward(run: Runner, c: CoCaConfig, inputs: Mapping[str, Any]) -> dict[str,
         if logits is not None:
             labels, logits = ids[:, 1:], logits[:, :-1]
             fields |= {"full_logits": logits, "logits": logits[:, :-1], "labels": labels}
-            each = masked_mean(cross_entropy(logits[:, :-1], labels), labels != c.text_cfg.pad_id)
+            each = masked_mean(cross_entropy(logits[:, :-1], labels), labels != LOSS_PAD)
             fields["caption_loss"] = CAPTION_WEIGHT * each
             fields["loss"] = fields["contrastive_loss"] + fields["caption_loss"]
     return fields

@@ -148,21 +148,11 @@ def padded_features(features: Any, mask: Any = None, **beside: Any) -> Masked:
     return Masked({"features": features, **beside}, mask, keep=True)
 
 
-def channels_last(pixels: Any, patch: int = 1) -> Any:
-    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`.
-
-    Where `patch` does not divide an image, what is left of it below and on the right falls away, as under a convolution.
-    """
+def channels_last(pixels: Any) -> Any:
+    """Published images `(B, C, H, W)` as `(B, H, W, C)`, videos `(B, T, C, H, W)` as `(B, T, H, W, C)`."""
     if pixels.ndim not in (4, 5):
         raise InputError(f"pixel_values: expected images (B, C, H, W) or videos (B, T, C, H, W), got {pixels.shape}")
-    height, width = (size // patch * patch for size in pixels.shape[-2:])
-    return jnp.moveaxis(pixels[..., :height, :width], -3, -1)
-
-
-def whole_patches(size: int, patch: int) -> tuple[int, int]:
-    """(height, width) of a square published image without what falls away."""
-    whole = size // patch * patch
-    return whole, whole
+    return jnp.moveaxis(pixels, -3, -1)
 
 
 def as_batch(batch: Batch) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream
 from mmx.zoo import bert, clip
 from mmx.zoo.config import Layers, Pixels, only
-from mmx.zoo.family import Family, Generation, Runner, channels_last, padded, whole_patches
+from mmx.zoo.family import Family, Generation, Runner, channels_last, padded
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
@@ -46,12 +46,13 @@ class GitConfig(Layers):
 
 
 def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, position_embedding_type="absolute", num_image_with_embedding=None, tie_word_embeddings=False)
+    only(c, position_embedding_type="absolute", num_image_with_embedding=None)
     image = c.vision_config
+    scores = TokenClassifier(c.vocab_size, None, transform=False, tied="text" if c.tie_word_embeddings else None)
     return build_model(
         {
             "image": Patches(
-                whole_patches(image.image_size, image.patch_size),
+                (image.image_size,) * 2,
                 (image.patch_size, image.patch_size),
                 image.num_channels,
                 width=image.hidden_size,
@@ -60,6 +61,7 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
                 special_position=True,
                 norm=image.layer_norm_eps,
                 resize=True,
+                crop=True,
             ),
             "text": Ids(c.vocab_size, c.max_position_embeddings, width=c.hidden_size, norm=c.layer_norm_eps),
         },
@@ -70,7 +72,7 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
         ),
         width=c.hidden_size,
         embed=0,
-        outputs={"captioning": TokenClassifier(c.vocab_size, None, transform=False)} if "captioning" in heads else {},
+        outputs={"captioning": scores} if "captioning" in heads else {},
         dtype=dtype,
         **bert.block(c),
     )
@@ -92,6 +94,7 @@ def _table(c: GitConfig) -> Table:
         "git.embeddings.LayerNorm": "modalities_text/norm",
         **layers("git.encoder.layer.{}", "stages_2/stack/layers/block", bert.LAYER),
         "output": "heads_captioning/classifier",
+        "output.bias": "heads_captioning/bias",  # where the matrix is tied
     }
 
 
@@ -99,7 +102,7 @@ def _forward(run: Runner, c: GitConfig, inputs: Mapping[str, Any]) -> dict[str, 
     beside = {"place": jnp.broadcast_to(inputs["position_ids"], inputs["input_ids"].shape)} if "position_ids" in inputs else {}
     batch = {"text": padded(inputs["input_ids"], inputs.get("attention_mask"), **beside)}
     if "pixel_values" in inputs:
-        batch = {"image": channels_last(inputs["pixel_values"], c.vision_config.patch_size), **batch}
+        batch = {"image": channels_last(inputs["pixel_values"]), **batch}
     r = run(batch, causal=("text",))
     streams = r.out.streams
     entered = [r.intermediates["stages_1"]["states"][name] for name in streams]
@@ -141,7 +144,7 @@ FAMILIES = (
             **{f"git-large{task}": _large(420) for task in _QUESTIONS},
         },
         heads={"captioning": "output."},
-        known=(r"position_ids$",),
+        known=(r"position_ids$", r"^output\.weight$"),
         generation=Generation(),
     ),
 )

@@ -44,7 +44,8 @@ class GPT2Config:
 
 
 def _build(c: GPT2Config, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
+    only(c, add_cross_attention=False)
+    scores = TiedDecoder("text", transform=False, bias=False, own=not c.tie_word_embeddings)
     return build_model(
         {"text": Ids(c.vocab_size, c.n_positions, width=c.n_embd)},
         (PerStream(c.n_layer, causal=("text",)),),
@@ -53,10 +54,12 @@ def _build(c: GPT2Config, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         mlp=c.n_inner or 4 * c.n_embd,
         activation=activation(c.activation_function, "activation_function"),
         eps=c.layer_norm_epsilon,
+        scale_by_layer=c.scale_attn_by_inverse_layer_idx,
+        blind=True,
         scale=None if c.scale_attn_weights else 1.0,
         embed=0,
         poolers={"text": Pooler("last")},
-        outputs={"captioning": TiedDecoder("text", transform=False, bias=False)} if "captioning" in heads else {},
+        outputs={"captioning": scores} if "captioning" in heads else {},
         dtype=dtype,
     )
 
@@ -67,6 +70,7 @@ def _table(c: GPT2Config) -> Table:
         "transformer.wpe.weight": "modalities_text/position",
         **layers("transformer.h.{}", "stages_0/text/layers/block", LAYER),
         "transformer.ln_f": "stages_0/text/norm",
+        "lm_head": "heads_captioning/decoder",
     }
 
 

@@ -30,7 +30,7 @@ def _build(c: LayoutLMConfig, heads: Sequence[str], dtype: str) -> MultimodalTra
 def _table(c: LayoutLMConfig) -> Table:
     sides = {"x": "x", "y": "y", "h": "box_height", "w": "box_width"}
     return {
-        **bert.encoder_table("layoutlm"),
+        **bert.encoder_table("layoutlm", c.tie_word_embeddings),
         **{f"layoutlm.embeddings.{name}_position_embeddings": f"modalities_text/{ours}" for name, ours in sides.items()},
     }
 

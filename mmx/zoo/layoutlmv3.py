@@ -19,7 +19,7 @@ from mmx.topologies import FUSED, Gather, PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.config import Words, only
-from mmx.zoo.family import Family, Runner, channels_last, padded, whole_patches
+from mmx.zoo.family import Family, Runner, channels_last, padded
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
@@ -49,25 +49,29 @@ class LayoutLMv3Config(Words):
     num_channels: int = 3
     patch_size: int = 16
 
+    @property
+    def spatial(self) -> bool:
+        """Whether the biases of boxes are read; published ones are never without those of places."""
+        return self.has_relative_attention_bias and self.has_spatial_attention_bias
+
 
 def _build(c: LayoutLMv3Config, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     only(c, text_embed=True, visual_embed=True)
-    if not c.has_relative_attention_bias:
-        only(c, has_spatial_attention_bias=False)  # the original has its weights and does not read them
     corner = tuple((axis, c.max_2d_position_embeddings, c.coordinate_size) for axis in ("x", "y"))
     size = tuple((side, c.max_2d_position_embeddings, c.shape_size) for side in ("box_height", "box_width"))
     axes = ((c.rel_pos_bins, c.max_rel_pos),) if c.has_relative_attention_bias else ()
-    axes += ((c.rel_2d_pos_bins, c.max_rel_2d_pos),) * 2 if c.has_spatial_attention_bias else ()
+    axes += ((c.rel_2d_pos_bins, c.max_rel_2d_pos),) * 2 if c.spatial else ()
     return build_model(
         {
             "text": dataclasses.replace(bert.text_embedder(c), joined={"box": (*corner, *corner, *size)}),
             "image": Patches(
-                whole_patches(c.input_size, c.patch_size),
+                (c.input_size,) * 2,
                 (c.patch_size, c.patch_size),
                 c.num_channels,
                 special=("class",),
                 special_position=True,
                 norm=1e-6,
+                crop=True,
             ),
         },
         (Gather(norm=c.layer_norm_eps, norm_beside="image"), PerStream({FUSED: c.num_hidden_layers})),
@@ -84,7 +88,7 @@ def _table(c: LayoutLMv3Config) -> Table:
     places = (c.input_size // c.patch_size) ** 2 + 1
     sides = {"x": "x", "y": "y", "h": "box_height", "w": "box_width"}
     biases = {"rel_pos_bias": c.has_relative_attention_bias}
-    biases |= dict.fromkeys(("rel_pos_x_bias", "rel_pos_y_bias"), c.has_spatial_attention_bias)
+    biases |= dict.fromkeys(("rel_pos_x_bias", "rel_pos_y_bias"), c.spatial)
     stack = f"stages_1/{FUSED}"
     return {
         **bert.embeddings_table("layoutlmv3.embeddings", "modalities_text"),
@@ -133,7 +137,7 @@ def _read_image(c: LayoutLMv3Config, pixels: Any) -> dict[str, Any]:
     box = np.stack([ends[column], ends[row], ends[column + 1], ends[row + 1]], -1)
     box = np.concatenate([[[1, 1, PAGE - 1, PAGE - 1]], box])
     box = jnp.broadcast_to(jnp.asarray(box), (len(pixels), *box.shape))
-    return {"image": channels_last(pixels, c.patch_size), "coordinates": _coordinates(box)}
+    return {"image": channels_last(pixels), "coordinates": _coordinates(box)}
 
 
 def _forward(run: Runner, c: LayoutLMv3Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +163,7 @@ FAMILIES = (
             "layoutlmv3-large": {**bert.sized(24, 1024, 16), **_PUBLISHED, "coordinate_size": 171, "shape_size": 170},
         },
         prefix="layoutlmv3",
-        known=(r"position_ids$", r"visual_bbox$"),
+        known=(r"position_ids$", r"visual_bbox$", r"encoder\.rel_pos_[xy]_bias\.weight$"),
         texts=Texts("<s>", "</s>", "<pad>", "<unk>", space=True, page=0),
         length=lambda c: c.max_position_embeddings - c.pad_token_id - 1,
     ),

@@ -71,6 +71,7 @@ def block(c: Any, dtype: str, **more: Any) -> BlockConfig:
         kv_heads=c.num_key_value_heads,
         mlp=c.intermediate_size,
         gated=True,
+        blind=True,
         eps=c.rms_norm_eps,
         attention_bias=PROJECTIONS if c.attention_bias else (),
         rotary=float(c.rope_theta or c.rope_parameters.rope_theta),

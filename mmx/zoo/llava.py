@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -20,6 +20,8 @@ class LlavaVisionConfig(clip.CLIPVisionConfig):
     """The published fields of LLaVA's image tower, CLIP's."""
 
     model_type: str = "clip_vision_model"
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"vocab_size"})  # published all the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def place_images(inputs: Mapping[str, Any], token: int, patch: int, special: int
     written = inputs.get("written", 0)
     if "pixel_values" not in inputs:
         return {}, {}
-    images = channels_last(inputs["pixel_values"], patch)
+    images = channels_last(inputs["pixel_values"])
     size = special + (images.shape[1] // patch) * (images.shape[2] // patch)
     at = (inputs["input_ids"] == token) & (written == 0)  # (B, L)
     count = jnp.cumsum(at).reshape(at.shape) - 1

@@ -12,7 +12,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert
-from mmx.zoo.config import Words, activation, only
+from mmx.zoo.config import Words, activation
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
@@ -71,7 +71,6 @@ class LxmertConfig(Words):
 
 
 def _build(c: LxmertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, tie_word_embeddings=True)
     act, eps, width = activation(c.hidden_act), c.layer_norm_eps, c.hidden_size
     outputs = {
         "masked-lm": bert.masked_lm_head(c),
@@ -113,6 +112,7 @@ def _table(c: LxmertConfig) -> Table:
         },
         "lxmert.pooler.dense": "poolers_text/transform",
         **bert.masked_lm_table("cls.predictions", "heads_masked-lm"),
+        "cls.predictions.decoder": "heads_masked-lm/decoder",  # where it is not tied
         "cls.seq_relationship": "heads_matching/classifier",
         "obj_predict_head.transform.dense": "heads_regions/transform",
         "obj_predict_head.transform.LayerNorm": "heads_regions/norm",
@@ -160,7 +160,8 @@ def _forward(run: Runner, c: LxmertConfig, inputs: Mapping[str, Any]) -> dict[st
         **losses,
         "prediction_logits": words,
         "cross_relationship_score": relation,
-        "question_answering_score": answer,
+        # Published: where nothing is asked, one number that means nothing.
+        "question_answering_score": answer if c.task_qa or not heads else r.out.pooled["text"][0, 0],
         "obj_predict_head": regions,
         "language_output": r.out.streams["text"].values,
         "vision_output": r.out.streams["image"].values,

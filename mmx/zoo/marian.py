@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from mmx.errors import InputError
 from mmx.heads import TiedDecoder
 from mmx.layers import BlockConfig
 from mmx.modalities import Ids
@@ -61,6 +62,11 @@ class MarianConfig:
     without_effect: ClassVar[frozenset[str]] = frozenset({"num_hidden_layers"})  # a copy of encoder_layers
 
     @property
+    def shared(self) -> bool:
+        """Whether both sides have the same embedding."""
+        return self.share_encoder_decoder_embeddings and self.tie_word_embeddings
+
+    @property
     def target_vocab(self) -> int:
         """How many ids the target has."""
         own = None if self.share_encoder_decoder_embeddings else self.decoder_vocab_size
@@ -81,13 +87,15 @@ def block(c: Any, side: str, dtype: str, **more: Any) -> BlockConfig:
 
 
 def _build(c: MarianConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    if c.d_model % 2:
+        raise InputError(f"MarianConfig: d_model={c.d_model}; sines and cosines share an even one")
     only(c, normalize_before=False, normalize_embedding=False, add_final_layer_norm=False, static_position_embeddings=True)
     scale = c.d_model**0.5 if c.scale_embedding else 1.0
     source, target = (
         Ids(vocab, c.max_position_embeddings, width=c.d_model, scale=scale, position="sincos")
         for vocab in (c.vocab_size, c.target_vocab)
     )
-    source = target if c.share_encoder_decoder_embeddings else source
+    source = target if c.shared else source
     encoder, decoder = (block(c, side, dtype, norm="post") for side in ("encoder", "decoder"))
     scores = TiedDecoder(TARGET, transform=False, own=not c.tie_word_embeddings)
     return build_model(
@@ -102,12 +110,14 @@ def _build(c: MarianConfig, heads: Sequence[str], dtype: str) -> MultimodalTrans
 
 
 def _table(c: MarianConfig) -> Table:
-    words: Table = {"model.shared": f"modalities_{TARGET}/token"}
-    if not c.share_encoder_decoder_embeddings:
+    words = {}
+    if not c.shared:
         words = {
             "model.encoder.embed_tokens": "modalities_text/token",
             "model.decoder.embed_tokens": f"modalities_{TARGET}/token",
         }
+    if c.share_encoder_decoder_embeddings:  # stored, and read by nobody, where it is not tied
+        words["model.shared"] = f"modalities_{TARGET}/token"
     return {
         **words,
         **layers("model.encoder.layers.{}", "stages_0/text/layers/block", ENCODER_LAYER),

@@ -58,7 +58,8 @@ def _build(c: PaliGemmaConfig, heads: Sequence[str], dtype: str) -> MultimodalTr
     if c.projection_dim != text.hidden_size:
         raise InputError(f"PaliGemmaConfig: projection_dim={c.projection_dim} has to be the text's {text.hidden_size}")
     decoder = gemma.block(text, dtype)
-    patches = Patches((image.image_size,) * 2, (image.patch_size,) * 2, image.num_channels, width=image.hidden_size, resize=True)
+    size, patch = (image.image_size,) * 2, (image.patch_size,) * 2
+    patches = Patches(size, patch, image.num_channels, width=image.hidden_size, resize=True, crop=True)
     return build_model(
         {"image": patches, "text": llama.text_embedder(text, text.hidden_size**0.5)},
         (

@@ -19,7 +19,7 @@ from mmx.topologies import PerStream
 from mmx.types import Masked
 from mmx.zoo import clip
 from mmx.zoo.config import Layers, Pixels, activation, only
-from mmx.zoo.family import Family, Runner, channels_last, padded, whole_patches
+from mmx.zoo.family import Family, Runner, channels_last, padded
 from mmx.zoo.weights import Layout, Table, convolution, fused, layers, reshaped
 
 SCALE, BIAS = 10.0, -10.0  # first values (arXiv 2303.15343, 3.2)
@@ -78,7 +78,7 @@ class Siglip2Config:
 def _embedder(c: SiglipVisionConfig | Siglip2VisionConfig) -> nn.Module:
     patch = (c.patch_size, c.patch_size)
     if isinstance(c, SiglipVisionConfig):
-        return Patches(whole_patches(c.image_size, c.patch_size), patch, c.num_channels, width=c.hidden_size)
+        return Patches((c.image_size,) * 2, patch, c.num_channels, width=c.hidden_size, crop=True)
     side = int(c.num_patches**0.5)
     return PackedPatches(c.num_patches, patch, (side, side), c.num_channels, width=c.hidden_size, sampling="antialias")
 
@@ -165,9 +165,7 @@ def _packed(inputs: Mapping[str, Any]) -> Masked:
 def _forward(run: Runner, c: SiglipConfig | Siglip2Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
     batch = {}
     if "pixel_values" in inputs:
-        batch["image"] = (
-            channels_last(inputs["pixel_values"], c.vision_config.patch_size) if isinstance(c, SiglipConfig) else _packed(inputs)
-        )
+        batch["image"] = channels_last(inputs["pixel_values"]) if isinstance(c, SiglipConfig) else _packed(inputs)
     if "input_ids" in inputs:
         beside = {"place": inputs["position_ids"]} if "position_ids" in inputs else {}
         batch["text"] = padded(inputs["input_ids"], inputs.get("attention_mask"), **beside)

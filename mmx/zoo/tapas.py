@@ -34,7 +34,7 @@ def _build(c: TapasConfig, heads: Sequence[str], dtype: str) -> MultimodalTransf
 
 
 def _table(c: TapasConfig) -> Table:
-    table = dict(bert.encoder_table("tapas"))
+    table = dict(bert.encoder_table("tapas", c.tie_word_embeddings))
     del table["tapas.embeddings.token_type_embeddings"]
     types = range(len(c.type_vocab_sizes))
     return {**table, **{f"tapas.embeddings.token_type_embeddings_{i}": f"modalities_text/type_{i}" for i in types}}

@@ -10,8 +10,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import Pixels, only
 from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.videomae import class_loss
-from mmx.zoo.vit import block
+from mmx.zoo.vit import block, class_loss
 from mmx.zoo.weights import Table, convolution, fused, layers, reshaped
 
 DIVIDED = "divided_space_time"
@@ -43,6 +42,7 @@ def _build(c: TimesformerConfig, heads: Sequence[str], dtype: str) -> Multimodal
         position="learned" if frames else "divided",
         special=("class",),
         special_position=True,
+        crop=True,
     )
     return build_model(
         {"video": video},

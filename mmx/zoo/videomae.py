@@ -4,17 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from mmx.heads import Classifier, Pooler
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.bert import token_loss
 from mmx.zoo.config import Layers, Pixels, activation
 from mmx.zoo.family import Family, Runner, channels_last
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import block, pair
+from mmx.zoo.vit import block, class_loss, pair
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
@@ -42,6 +39,10 @@ class VideoMAEConfig(Pixels):
     decoder_intermediate_size: int = 1536
     norm_pix_loss: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("qkv_bias", "qv_bias"):  # whichever is told; both are written, as each is read somewhere
+            object.__setattr__(self, name, self.qkv_bias and self.qv_bias)
+
 
 @dataclasses.dataclass(frozen=True)
 class VivitConfig(Layers):
@@ -68,12 +69,17 @@ def tubelet(c: Any) -> tuple[int, int, int]:
 
 
 def _build_videomae(c: VideoMAEConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    biases = ("query", "value", "out") if c.qkv_bias and c.qv_bias else ("out",)
+    biases = ("query", "value", "out") if c.qv_bias else ("out",)
     classifies = "classification" in heads
     return build_model(
         {
             "video": Patches(
-                (c.num_frames, *pair(c.image_size)), tubelet(c), c.num_channels, width=c.hidden_size, position="interleaved"
+                (c.num_frames, *pair(c.image_size)),
+                tubelet(c),
+                c.num_channels,
+                width=c.hidden_size,
+                position="interleaved",
+                crop=True,
             )
         },
         (PerStream(c.num_hidden_layers),),
@@ -101,6 +107,7 @@ def _build_vivit(c: VivitConfig, heads: Sequence[str], dtype: str) -> Multimodal
                 special=("class",),
                 special_position=True,
                 resize=True,
+                crop=True,
             )
         },
         (PerStream(c.num_hidden_layers),),
@@ -131,11 +138,6 @@ def _table(published: str, layer: Table) -> Callable[[Any], Table]:
         }
 
     return table
-
-
-def class_loss(logits: Any, labels: Any) -> Any:
-    """Cross-entropy of the class; with a single one, the squared distance to its number."""
-    return jnp.square(logits[:, 0] - labels.reshape(-1)).mean() if logits.shape[-1] == 1 else token_loss(logits, labels)
 
 
 def _forward(run: Runner, c: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

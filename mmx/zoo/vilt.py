@@ -96,7 +96,7 @@ def _read_image(c: ViltConfig, inputs: Mapping[str, Any]) -> tuple[Masked, jax.A
     An image lies in the upper left corner of `pixel_values`, as `pixel_mask (B, H, W)` says, and reads the positions at its
     own resolution.
     """
-    patches = cut(channels_last(inputs["pixel_values"], c.patch_size), (c.patch_size, c.patch_size))
+    patches = cut(channels_last(inputs["pixel_values"]), (c.patch_size, c.patch_size))
     rows, columns = (size // c.patch_size for size in inputs["pixel_values"].shape[-2:])
     here = jnp.ones((len(patches), rows, columns), bool)
     if "pixel_mask" in inputs:

@@ -28,7 +28,7 @@ class VisualBertConfig(Words):
 
 
 def _build(c: VisualBertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    only(c, bypass_transformer=False, tie_word_embeddings=True)
+    only(c, bypass_transformer=False)
     words = bert.masked_lm_head(c).clone(streams=("text", "image"))  # regions are asked for words too
     outputs = {"masked-lm": words, "matching": Classifier(2, "text", transform=False)}
     # A region has a table of positions, of which it is always given the first row.
@@ -56,7 +56,7 @@ def _table(c: VisualBertConfig) -> Table:
         "visual_bert.embeddings.visual_position_embeddings": "modalities_image/line",
         **layers("visual_bert.encoder.layer.{}", "stages_0/stack/layers/block", bert.LAYER),
         "visual_bert.pooler.dense": "poolers_text/transform",
-        **bert.masked_lm_table("cls.predictions", "heads_masked-lm"),
+        **bert.masked_lm_table("cls.predictions", "heads_masked-lm", c.tie_word_embeddings),
         "cls.seq_relationship": "heads_matching/classifier",
     }
 

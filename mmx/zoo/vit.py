@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from mmx.heads import Classifier, Pooler
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
@@ -68,6 +71,7 @@ def image_embedder(c: Any, special: tuple[str, ...]) -> Patches:
         special=special,
         special_position=True,
         resize=True,
+        crop=True,
     )
 
 
@@ -111,11 +115,18 @@ def special_table(published: str, special: tuple[str, ...], width: int) -> Table
     return {f"{published}.cls_token": reshaped("modalities_image/special", 1, 1, width)} if special == ("class",) else {}
 
 
+def class_loss(logits: Any, labels: Any) -> Any:
+    """Cross-entropy of labels `(B,)`; with a single class, the squared distance to its number; `(B, classes)`: each by itself."""
+    if logits.shape[-1] == 1:
+        return jnp.square(logits[:, 0] - labels.reshape(-1)).mean()
+    return token_loss(logits, labels) if labels.ndim == 1 else (jax.nn.softplus(logits) - labels * logits).mean()
+
+
 def _forward(run: Runner, c: ViTConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = run({"image": channels_last(inputs["pixel_values"])})
     logits = r.out.logits.get("classification")
     return {
-        "loss": token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": r.out.streams["image"].values,
         "pooler_output": r.out.pooled["image"] if logits is None else None,

@@ -149,7 +149,7 @@ def _forward(run: Runner, c: Wav2Vec2Config, inputs: Mapping[str, Any]) -> dict[
     return {
         "last_hidden_state": tokens.values,
         "extract_features": r.intermediates["modalities_audio"]["features"],
-        "hidden_states": (*r.states("stages_0", "audio")[:-1], tokens.values),  # the last one is behind the norm, if any
+        "hidden_states": tuple(r.states("stages_0", "audio")),
         "feature_attention_mask": None if mask is None else tokens.dense_mask.astype(jnp.int32),
     }
 
