@@ -174,6 +174,7 @@ class TokenClassifier(nn.Module):
         transform: whether a dense layer stands before the last one.
         activation: behind that dense layer; None: none.
         norm: eps of a LayerNorm behind that; None: no norm.
+        special: whether only the learned tokens in front have one (DeiT), and not every token.
     """
 
     classes: int | Mapping[str, int]
@@ -181,6 +182,7 @@ class TokenClassifier(nn.Module):
     transform: bool = True
     activation: str | None = None
     norm: float | None = None
+    special: bool = False
     dtype: Any = "float32"
 
     @nn.compact
@@ -188,6 +190,7 @@ class TokenClassifier(nn.Module):
         if self.stream not in streams:
             return None
         x = streams[self.stream].values
+        x = x[:, : len(streams[self.stream].special)] if self.special else x
         x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
 
         def answer(classes: int, end: str = "") -> jax.Array:

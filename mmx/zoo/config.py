@@ -260,6 +260,13 @@ def to_published(config: Any) -> dict[str, Any]:
     }
 
 
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that differ from the defaults of their class, as published."""
+    values = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
+    nested = {n: changed(value) for n, (value, _) in values.items() if dataclasses.is_dataclass(value)}
+    return {n: value for n, (value, default) in values.items() if n not in nested and value != default} | nested
+
+
 def override(config: Config, fields: Mapping[str, Any]) -> Config:
     """The configuration with some fields changed; those of a part by a mapping or as `part.field`."""
     nested: dict[str, Any] = {}

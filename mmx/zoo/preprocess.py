@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class ImageSteps:
     Args:
         size: (height, width), or one number: the shorter edge.
         crop: (height, width) of the middle that is kept; None: all.
+        nearest: whether the middle begins at the nearest pixel (torchvision), and not at the one before (transformers).
         resample: the filter, as Pillow numbers them: 2 bilinear, 3 bicubic.
         scale: factor of pixels 0..255.
         mean: by channel, of scaled pixels.
@@ -35,6 +36,7 @@ class ImageSteps:
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    nearest: bool = False
 
     def __call__(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Images are Pillow's, or arrays (height, width, channels) uint8."""
@@ -54,7 +56,7 @@ class ImageSteps:
             image = image.resize(self._size(image.size), self.resample)
         pixels = np.asarray(image, np.float32)
         if self.crop is not None:
-            pixels = _middle(pixels, self.crop)
+            pixels = _middle(pixels, self.crop, self.nearest)
         return ((pixels * self.scale - np.asarray(self.mean, "f")) / np.asarray(self.std, "f")).transpose(2, 0, 1)
 
     def _size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -66,11 +68,12 @@ class ImageSteps:
         return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
 
 
-def _middle(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+def _middle(pixels: np.ndarray, crop: tuple[int, int], nearest: bool) -> np.ndarray:
     """The middle of an image (H, W, C); black where it is smaller."""
     lacking = [max(want - have, 0) for want, have in zip(crop, pixels.shape, strict=False)]
     pixels = np.pad(pixels, [((n + 1) // 2, n // 2) for n in lacking] + [(0, 0)])
-    top, left = ((have - want) // 2 for want, have in zip(crop, pixels.shape, strict=False))
+    begin = (lambda n: round(n / 2)) if nearest else (lambda n: n // 2)
+    top, left = (begin(have - want) for want, have in zip(crop, pixels.shape, strict=False))
     return pixels[top : top + crop[0], left : left + crop[1]]
 
 
@@ -103,14 +106,18 @@ def _pair(size: Any) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """The steps of one model; each is None where its folder tells nothing of it."""
+    """The steps of one model; each is None where its folder tells nothing of it.
+
+    `names` are those of the inputs that are returned, each with the published one it stands for; None: all, as they are.
+    """
 
     texts: TextSteps | None = None
     images: ImageSteps | None = None
+    names: Mapping[str, str] | None = None
 
     def __call__(self, **raw: Any) -> dict[str, np.ndarray]:
         """Published inputs of raw values by kind: `texts=[...]`, `images=[...]`."""
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self)} - {"names"}
         inputs: dict[str, np.ndarray] = {}
         for kind, values in raw.items():
             steps = getattr(self, kind) if kind in known else None
@@ -121,7 +128,7 @@ class Preprocessing:
                     f"Its tokenizer and preprocessor_config.json lie beside config.json"
                 )
             inputs |= steps(values)
-        return inputs
+        return inputs if self.names is None else {n: inputs[own] for n, own in self.names.items() if own in inputs}
 
 
 def read(folder: Path, length: int | None, rules: Texts | None) -> Preprocessing:

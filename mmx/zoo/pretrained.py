@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,14 @@ from mmx.zoo import weights as weight_files
 from mmx.zoo.config import parse, to_published
 from mmx.zoo.family import Chosen, Family, Run, as_batch
 from mmx.zoo.preprocess import FILES, Preprocessing
+
+CONFIG = "config.json"
+OLDER = {  # of all families
+    r"LayerNorm\.weight$": "LayerNorm.gamma",
+    r"LayerNorm\.bias$": "LayerNorm.beta",
+    r"parametrizations\.weight\.original0$": "weight_g",
+    r"parametrizations\.weight\.original1$": "weight_v",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,22 @@ class Pretrained:
         flags, arrays = _split(inputs)
         fields = _forward(self.family, self.model, self.config, output_hidden_states, flags, self.params, as_batch(arrays))
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
+
+    def under(self, library: str | None) -> "Pretrained":
+        """The same weights under the names of another library, such as "open_clip" or "timm", to be called and saved by.
+
+        None: under those of the family itself.
+        """
+        from mmx.zoo import FAMILIES
+
+        family = FAMILIES[self.family.name]
+        known = {other.name: other for other in family.libraries}
+        if library is not None and library not in known:
+            raise InputError(f"{family.name}: " + unknown("library", library, known))
+        family = family if library is None else family.under(known[library])
+        names = family.library.inputs if family.library else None
+        steps = dataclasses.replace(self.preprocess, names=names or None)  # type: ignore[type-var]
+        return dataclasses.replace(self, family=family, preprocess=steps, extra={})
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
         """Writes the likeliest next id, `max_new_tokens` times.
@@ -194,21 +219,15 @@ def load_published(
     dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """`mmx.load_pretrained` of a folder in the published layout: `config.json` and safetensors, sharded index included."""
-    from mmx.zoo import FAMILIES
+    """`mmx.load_pretrained` of a folder in a published layout: `config.json` and safetensors, sharded index included.
 
+    Or in the layout of another library that publishes models of the family, such as `open_clip_config.json` and its file.
+    """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
-    fields = json.loads((folder / "config.json").read_text())
-    name = family or fields.get("model_type")
-    if name not in FAMILIES:
-        if name is None:
-            raise InputError(f"{folder}/config.json has no model_type; name one: family={' or '.join(sorted(FAMILIES))}")
-        raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
-    found = FAMILIES[name]
-    config = parse(found.config, fields, str(folder / "config.json"))
-    tensors = weight_files.Tensors(folder)
+    found, fields, file = _recognise(folder, family)
+    library = found.library
+    config = parse(found.config, library.read(fields) if library else fields, str(file))
+    tensors = weight_files.Tensors(folder, library.titles if library else (weight_files.TITLE,))
     config = config if found.infer is None else found.infer(config, tensors.shapes)
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
     if heads is None:
@@ -217,18 +236,48 @@ def load_published(
     weights, params = _weights(found, config, model)
     names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
     for w in weights:
-        name = names.get(w.name, w.name)
-        older = functools.reduce(lambda n, pair: re.sub(*pair, n), found.older.items(), name)
-        if name not in tensors.shapes and older in tensors.shapes:
-            names[w.name] = older
+        names[w.name] = _stored(names.get(w.name, w.name), found.older, tensors)
     known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
     params = weight_files.read(weights, params, tensors, names, where)
-    extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(found.config)}}
+    own = set() if library else {f.name for f in dataclasses.fields(found.config)}
+    extra = {n: value for n, value in fields.items() if n not in own}
     files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
     steps = preprocess.read(folder, found.length(config) if found.length else None, found.texts)
+    if library:
+        steps = dataclasses.replace(steps, images=library.images(fields) or steps.images, names=library.inputs or None)
     return Pretrained(model, params, config, found, tuple(heads), steps, extra, files)
+
+
+def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], Path]:
+    """The family of a folder, under the names of the library that published it, and what the configuration in which file says."""
+    from mmx.zoo import FAMILIES
+
+    file = folder / CONFIG
+    fields = json.loads(file.read_text()) if file.exists() else {}
+    name = name or fields.get("model_type")
+    if name is not None and name not in FAMILIES:
+        raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
+    if fields.get("model_type") is None:
+        for family in FAMILIES.values() if name is None else (FAMILIES[name],):
+            for library in family.libraries:
+                other = folder / library.file
+                if other.exists() and library.holds(said := json.loads(other.read_text())):
+                    return family.under(library), said, other
+    if not file.exists():
+        raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
+    if name is None:
+        raise InputError(f"{file} has no model_type; name one: family={' or '.join(sorted(FAMILIES))}")
+    return FAMILIES[name], fields, file
+
+
+def _stored(name: str, older: Mapping[str, str], tensors: weight_files.Tensors) -> str:
+    """What a tensor is called in a file of any age: each of the patterns in `older` may have changed since, or not."""
+    names = [name]
+    for pattern, before in {**older, **OLDER}.items():
+        names += [re.sub(pattern, before, n) for n in names]
+    return next((n for n in dict.fromkeys(names) if n in tensors.shapes), name)
 
 
 def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32") -> None:
@@ -241,17 +290,22 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    family = pretrained.family
+    family, library = pretrained.family, pretrained.family.library
     weights, _ = _weights(family, pretrained.config, pretrained.model)
     if not pretrained.heads:  # the bare model, whose names have no prefix
         weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
-    weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype)
+    params, whole = jax.device_get(pretrained.params), {} if library is None else {"shard": math.inf, "title": library.titles[0]}
+    weight_files.write(folder, weights, params, dtype, **whole)
     for name, content in pretrained.files.items():
         with writing(folder / name) as path:
             path.write_bytes(content)
-    fields = to_published(pretrained.config) if pretrained.config is not None else {}
-    fields = {**pretrained.extra, **fields, "model_type": family.name}
-    with writing(folder / "config.json") as path:
+    if library is None:
+        own = to_published(pretrained.config) if pretrained.config is not None else {}
+        fields = {**pretrained.extra, **own, "model_type": family.name}
+    else:
+        images = getattr(pretrained.preprocess, "images", None)
+        fields = library.write(pretrained.config, pretrained.heads, images, pretrained.extra)
+    with writing(folder / (library.file if library else CONFIG)) as path:
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 

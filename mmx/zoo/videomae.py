@@ -12,9 +12,9 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation
-from mmx.zoo.family import Family, Runner, channels_last
+from mmx.zoo.family import Family, Runner, channels_last, pair
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import block, pair
+from mmx.zoo.vit import block
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none

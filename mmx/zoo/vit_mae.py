@@ -14,8 +14,8 @@ from mmx.losses import reconstruction_loss
 from mmx.modalities.patches import cut
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.vit import LAYER, block, image_embedder, pair
+from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.vit import LAYER, block, image_embedder
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
