@@ -309,19 +309,17 @@ def _siglip_table(c: Any) -> Table:
 
 
 def images(fields: Mapping[str, Any]) -> ImageSteps:
-    """`preprocess_cfg`, the size that of the model if it tells none."""
+    """`preprocess_cfg`; the size is the model's, if it tells none."""
     p = fields.get("preprocess_cfg", {})
-    size = pair(p.get("size", fields["model_cfg"].get("vision_cfg", {}).get("image_size", 224)))
-    mode = p.get("resize_mode") or "shortest"
-    mean, std = p.get("mean") or MEAN, p.get("std") or STD
-    return timm.image_steps(size, size, mode, p.get("interpolation") or "bicubic", mean, std, FILE)
+    size = pair(p.get("size") or fields["model_cfg"]["vision_cfg"].get("image_size", 224))
+    mode, interpolation = p.get("resize_mode") or "shortest", p.get("interpolation") or "bicubic"
+    return timm.image_steps(size, size, mode, interpolation, p.get("fill_color") or 0, p.get("mean") or MEAN, p.get("std") or STD)
 
 
 def _as_images(steps: ImageSteps | None) -> dict[str, Any]:
     """The way back of `images`."""
     if steps is None or steps.size is None:
         return {}
-    squash = isinstance(steps.size, tuple)
     if pair(steps.size) != (steps.crop or pair(steps.size)):
         raise InputError(f"open_clip: images made {steps.size} and cut to {steps.crop} are not expressed by its preprocess_cfg")
     return {
@@ -329,7 +327,8 @@ def _as_images(steps: ImageSteps | None) -> dict[str, Any]:
         "mean": steps.mean,
         "std": steps.std,
         "interpolation": timm.INTERPOLATION[steps.resample],
-        "resize_mode": "squash" if squash else "shortest",
+        "resize_mode": timm.resize_mode(steps),
+        "fill_color": steps.fill,
     }
 
 
@@ -341,7 +340,8 @@ def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
 
 def _library(holds: Any, read: Any, back: Any, **more: Any) -> Library:
     def write(c: Any, heads: Sequence[str], steps: ImageSteps | None, before: Mapping[str, Any]) -> dict[str, Any]:
-        return merged(before, {"model_cfg": back(c), "preprocess_cfg": _as_images(steps)})
+        told = {} if before and steps == images(before) else _as_images(steps)
+        return merged(before, {"model_cfg": back(c), "preprocess_cfg": told})
 
     return Library(
         "open_clip",

@@ -22,8 +22,11 @@ class ImageSteps:
 
     Args:
         size: (height, width), or one number: the shorter edge.
+        fit: how an image gets a (height, width): "squash": it is stretched; "cover" or "inside": its ratio is kept, and it
+            covers that size or fits into it.
         crop: (height, width) of the middle that is kept; None: all.
-        nearest: whether the middle begins at the nearest pixel (torchvision), and not at the one before (transformers).
+        fill: colour 0..255 of what is around an image that is smaller than `crop`, one number or one by channel.
+        torchvision: whether the middle is found as torchvision does, and not as transformers, where halves of pixels differ.
         resample: the filter, as Pillow numbers them: 2 bilinear, 3 bicubic.
         scale: factor of pixels 0..255.
         mean: by channel, of scaled pixels.
@@ -36,7 +39,9 @@ class ImageSteps:
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    nearest: bool = False
+    fit: str = "squash"
+    fill: float | tuple[float, ...] = 0
+    torchvision: bool = False
 
     def __call__(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Images are Pillow's, or arrays (height, width, channels) uint8."""
@@ -56,25 +61,31 @@ class ImageSteps:
             image = image.resize(self._size(image.size), self.resample)
         pixels = np.asarray(image, np.float32)
         if self.crop is not None:
-            pixels = _middle(pixels, self.crop, self.nearest)
+            pixels = self._middle(pixels, self.crop)
         return ((pixels * self.scale - np.asarray(self.mean, "f")) / np.asarray(self.std, "f")).transpose(2, 0, 1)
 
     def _size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) to resize to."""
-        if isinstance(self.size, tuple):
-            return self.size[1], self.size[0]
         width, height = size
+        if isinstance(self.size, tuple):
+            if self.fit == "squash":
+                return self.size[1], self.size[0]
+            ratios = height / self.size[0], width / self.size[1]
+            ratio = min(ratios) if self.fit == "cover" else max(ratios)
+            return round(width / ratio), round(height / ratio)
         edge: Any = self.size
         return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
 
-
-def _middle(pixels: np.ndarray, crop: tuple[int, int], nearest: bool) -> np.ndarray:
-    """The middle of an image (H, W, C); black where it is smaller."""
-    lacking = [max(want - have, 0) for want, have in zip(crop, pixels.shape, strict=False)]
-    pixels = np.pad(pixels, [((n + 1) // 2, n // 2) for n in lacking] + [(0, 0)])
-    begin = (lambda n: round(n / 2)) if nearest else (lambda n: n // 2)
-    top, left = (begin(have - want) for want, have in zip(crop, pixels.shape, strict=False))
-    return pixels[top : top + crop[0], left : left + crop[1]]
+    def _middle(self, pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+        """The middle of an image (H, W, C); filled up where it is smaller."""
+        lacking = [max(want - have, 0) for want, have in zip(crop, pixels.shape, strict=False)]
+        around = [(n // 2, (n + 1) // 2) if self.torchvision else ((n + 1) // 2, n // 2) for n in lacking]
+        if any(lacking):
+            fill = np.asarray(self.fill, pixels.dtype)
+            pixels = np.pad(pixels - fill, [*around, (0, 0)]) + fill
+        spare = [have - want for want, have in zip(crop, pixels.shape, strict=False)]
+        top, left = (round(n / 2) if self.torchvision else n // 2 for n in spare)
+        return pixels[top : top + crop[0], left : left + crop[1]]
 
 
 def read_images(folder: Path) -> ImageSteps | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mmx.errors import InputError
+from mmx.errors import InputError, unknown
 from mmx.zoo.config import activation, only, parse
 from mmx.zoo.family import Library, pair
 from mmx.zoo.preprocess import ImageSteps
@@ -134,6 +134,11 @@ def beit_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of transformers' BEiT of one of timm's."""
     a = _arguments(fields)
     only(a, qkv_bias=True, act_layer=None, global_pool=("avg", "token"))
+    if pair(a.img_size)[0] * pair(a.patch_size)[1] != pair(a.img_size)[1] * pair(a.patch_size)[0]:
+        # transformers reads the table of relative positions of such a grid in another way.
+        raise InputError(
+            f"BEiT: img_size={a.img_size} with patch_size={a.patch_size} is not supported; the grid has to be a square"
+        )
     return {
         **_vit(a),
         "use_absolute_position_embeddings": a.use_abs_pos_emb,
@@ -207,25 +212,38 @@ def mlp_ratio(c: Any) -> float:
     return ratio if int(c.hidden_size * ratio) == c.intermediate_size else math.nextafter(ratio, math.inf)
 
 
+MODES = {"shortest": "cover", "longest": "inside", "squash": "squash"}  # open_clip's `resize_mode` -> `ImageSteps.fit`
+_CROPS = {"center": "shortest", "border": "longest", "squash": "squash"}  # timm's `crop_mode` -> open_clip's
+
+
 def image_steps(
-    size: tuple[int, int], scaled: tuple[int, int], mode: str, interpolation: str, mean: Any, std: Any, where: str
+    size: tuple[int, int], scaled: tuple[int, int], mode: str, interpolation: str, fill: Any, mean: Any, std: Any
 ) -> ImageSteps:
-    """Images made `scaled` in the mode "shortest" or "squash", of which the middle of `size` is kept, by torchvision."""
-    resample = next((number for number, name in INTERPOLATION.items() if name == interpolation), None)
-    if mode not in ("shortest", "squash") or resample is None or (mode == "shortest" and scaled[0] != scaled[1]):
-        raise InputError(f"{where}: images made {scaled} by {mode!r} with {interpolation!r} are not supported")
-    edge = scaled[0] if mode == "shortest" else scaled
-    return ImageSteps(edge, size, resample, mean=tuple(mean), std=tuple(std), nearest=True)
+    """Images made `scaled` in one of `MODES`, of which the middle of `size` is kept."""
+    resample = {name: number for number, name in INTERPOLATION.items()}
+    for kind, value, known in (("resize mode", mode, MODES), ("interpolation", interpolation, resample)):
+        if value not in known:
+            raise InputError("preprocessing: " + unknown(kind, value, known))
+    edge = scaled[0] if mode == "shortest" and scaled[0] == scaled[1] else scaled
+    return ImageSteps(
+        edge, size, resample[interpolation], mean=tuple(mean), std=tuple(std), fit=MODES[mode], fill=fill, torchvision=True
+    )
+
+
+def resize_mode(steps: ImageSteps) -> str:
+    """Which of `MODES` the steps are."""
+    fits = {fit: mode for mode, fit in MODES.items()}
+    return "shortest" if isinstance(steps.size, int) else fits[steps.fit]
 
 
 def images(fields: Mapping[str, Any]) -> ImageSteps | None:
     """`pretrained_cfg`."""
     p = fields.get("pretrained_cfg", {})
-    size = tuple(p.get("input_size") or (3, 224, 224))[1:]
-    scaled = tuple(math.floor(s / (p.get("crop_pct") or 0.875)) for s in size)
-    mode = {"center": "shortest"}.get(p.get("crop_mode") or "center", p.get("crop_mode"))
-    mean, std = p.get("mean") or MEAN, p.get("std") or STD
-    return image_steps(size, scaled, mode, p.get("interpolation") or "bicubic", mean, std, "config.json")  # type: ignore[arg-type]
+    height, width = (p.get("input_size") or (3, 224, 224))[1:]
+    scaled = tuple(math.floor(s / (p.get("crop_pct") or 0.875)) for s in (height, width))
+    mode, mean, std = p.get("crop_mode") or "center", p.get("mean") or MEAN, p.get("std") or STD
+    fill = tuple(round(255 * m) for m in mean) if mode == "border" else 0
+    return image_steps((height, width), scaled, _CROPS.get(mode, mode), p.get("interpolation") or "bicubic", fill, mean, std)  # type: ignore[arg-type]
 
 
 def _as_images(steps: ImageSteps | None) -> dict[str, Any]:
@@ -235,13 +253,12 @@ def _as_images(steps: ImageSteps | None) -> dict[str, Any]:
     scaled = pair(steps.size)
     size = steps.crop or scaled
     share = size[0] / scaled[0]
-    share = share if math.floor(size[0] / share) == scaled[0] else math.nextafter(share, 0)
     return {
         "mean": steps.mean,
         "std": steps.std,
         "interpolation": INTERPOLATION[steps.resample],
-        "crop_pct": share,
-        "crop_mode": "center" if isinstance(steps.size, int) else "squash",
+        "crop_pct": share if math.floor(size[0] / share) == scaled[0] else math.nextafter(share, 0),
+        "crop_mode": {mode: crop for crop, mode in _CROPS.items()}[resize_mode(steps)],
     }
 
 
@@ -318,8 +335,9 @@ def _library(begins: Sequence[str], read: Any, back: Any, table: Any, heads: Map
         a = dataclasses.replace(a, img_size=square(a.img_size), patch_size=square(a.patch_size))
         name = before.get("architecture", usual)
         known = named(name)
-        fixed = {"first_conv": "patch_embed.proj", "classifier": list(classifiers), "fixed_input_size": True}
-        own = {"input_size": [a.in_chans, *pair(a.img_size)], "num_classes": a.num_classes, **_as_images(steps)}
+        fixed = {"first_conv": "patch_embed.proj", "classifier": classifier, "fixed_input_size": True}
+        own = {"input_size": [a.in_chans, *pair(a.img_size)], "num_classes": a.num_classes}
+        own |= {} if steps == images(before) else _as_images(steps)
         return {
             **before,
             "architecture": name,
@@ -330,7 +348,7 @@ def _library(begins: Sequence[str], read: Any, back: Any, table: Any, heads: Map
             "pretrained_cfg": {**fixed, **before.get("pretrained_cfg", {}), **own},
         }
 
-    classifiers = ("head", "head_dist") if "deit_distilled" in begins else ("head",)
+    classifier = ("head", "head_dist") if "deit_distilled" in begins else "head"
     known = (r"^head_dist\.", r"relative_position_index$")
     return Library("timm", "config.json", (TITLE,), holds, read, write, table, heads, known, images=images)
 
