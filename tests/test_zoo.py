@@ -1,6 +1,8 @@
 """Published models: parity with their reference implementations, weights in both directions, names."""
 
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -246,15 +248,51 @@ def test_generation_continues_prompts_padded_on_the_left():
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
 
 
-def test_older_names_are_read(tmp_path):
-    shutil.copytree(WAV2VEC2, tmp_path, dirs_exist_ok=True)
-    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-    for new, name in old.items():
-        tensors = {n.replace(new, name): x for n, x in tensors.items()}
-    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    params = mmx.load_pretrained(tmp_path).params
-    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(WAV2VEC2).params)
+_RENAMED = {r"encoder\.layer\.": "layers.", r"attention\.attention\.(query|key|value)": r"attention.\1_proj"}
+_RENAMED |= {
+    "query_proj": "q_proj",
+    "key_proj": "k_proj",
+    "value_proj": "v_proj",
+    r"attention\.output\.dense": "attention.o_proj",
+}
+_RENAMED |= {r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2"}
+_MODEL = {r"^language_model\.lm_head": "lm_head", r"^language_model\.model": "model.language_model", "^multi": "model.multi"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [
+        (
+            "Wav2Vec2Model",
+            {r"parametrizations\.weight\.original0": "weight_g", r"parametrizations\.weight\.original1": "weight_v"},
+        ),
+        ("BertForPreTraining", {r"LayerNorm\.weight": "LayerNorm.gamma", r"LayerNorm\.bias": "LayerNorm.beta"}),
+        ("ViTForImageClassification", _RENAMED),
+        ("BeitForMaskedImageModeling", {r"attention\.attention\.relative": "relative"} | _RENAMED),
+        ("ViTMAEForPreTraining", {r"decoder\.decoder_encoder\.layer": "decoder.decoder_layers"}),
+        ("ViTMAEForPreTraining", {r"decoder\.decoder_encoder\.layer": "decoder.decoder_layers"} | _RENAMED),
+        (
+            "VideoMAEForVideoClassification",
+            {r"\.([qv])_bias$": r".\1.bias", r"\.q\.bias$": ".query.bias", r"\.v\.bias$": ".value.bias"},
+        ),
+        ("LlavaForConditionalGeneration", {r"^vision_tower": "vision_tower.vision_model"}),
+        ("LlavaForConditionalGeneration", {r"^vision_tower": "model.vision_tower.vision_model"} | _MODEL),
+        ("PaliGemmaForConditionalGeneration", {r"^vision_tower": "vision_tower.vision_model"}),
+        ("PaliGemmaForConditionalGeneration", {r"^vision_tower": "model.vision_tower"} | _MODEL),
+        ("OpenClipCLIP", {r"^(?!visual|logit)": "text."}),
+    ],
+)
+def test_names_of_another_age_are_read(tmp_path, folder, changes):
+    source = PUBLISHED[0].parent / folder
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    file = next(tmp_path.glob("*model.safetensors"))
+    tensors = safetensors.numpy.load_file(file)
+    renamed = {functools.reduce(lambda n, pair: re.sub(*pair, n), changes.items(), name): x for name, x in tensors.items()}
+    assert not set(tensors) & set(renamed) >= set(tensors)
+    safetensors.numpy.save_file(renamed, file)
+    again, pretrained = mmx.load_pretrained(tmp_path), mmx.load_pretrained(source)
+    assert again.heads == pretrained.heads
+    jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
 
 
 @pytest.mark.parametrize(

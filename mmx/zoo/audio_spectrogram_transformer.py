@@ -116,5 +116,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix=BODY,
+        older=vit.RENAMED,
     ),
 )

@@ -16,6 +16,7 @@ from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Runner, channels_last, pair
 from mmx.zoo.videomae import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
+from mmx.zoo.vit import RENAMED
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
@@ -171,6 +172,7 @@ FAMILIES = (
         heads={"masked-image": "lm_head", "classification": "classifier"},
         prefix="beit",
         known=(r"relative_position_index$",),
+        older={**RENAMED, r"attention\.attention\.relative_position": "relative_position"},
         libraries=(timm.BEIT,),
     ),
 )

@@ -14,7 +14,7 @@ from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, gemma, llama
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Generation, Runner
-from mmx.zoo.llava import place_images, text_fields
+from mmx.zoo.llava import OLDER, place_images, text_fields
 from mmx.zoo.weights import Table, convolution, layers
 
 
@@ -116,6 +116,7 @@ FAMILIES = (
         names={f"paligemma-3b-pt-{size}": _at(size) for size in (224, 448, 896)},
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
+        older=OLDER,
         generation=Generation(beside={"token_type_ids": 1}),
     ),
 )

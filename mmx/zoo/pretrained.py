@@ -231,12 +231,14 @@ def load_published(
     config = config if found.infer is None else found.infer(config, tensors.shapes)
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
     if heads is None:
-        heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
+        begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
+        heads = tuple(head for head, names in begins.items() if any(n.startswith(names) for n in tensors.shapes))
     model = build(found, config, heads, dtype)
     weights, params = _weights(found, config, model)
     names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
     for w in weights:
-        names[w.name] = _stored(names.get(w.name, w.name), found.older, tensors)
+        name = names.get(w.name, w.name)
+        names[w.name] = next((n for n in _names(name, found.older) if n in tensors.shapes), name)
     known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
@@ -272,12 +274,12 @@ def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], 
     return FAMILIES[name], fields, file
 
 
-def _stored(name: str, older: Mapping[str, str], tensors: weight_files.Tensors) -> str:
-    """What a tensor is called in a file of any age: each of the patterns in `older` may have changed since, or not."""
+def _names(name: str, older: Mapping[str, str]) -> list[str]:
+    """What a tensor, or the beginning of its name, is called in files of any age: each change has been made since, or not."""
     names = [name]
     for pattern, before in {**older, **OLDER}.items():
-        names += [re.sub(pattern, before, n) for n in names]
-    return next((n for n in dict.fromkeys(names) if n in tensors.shapes), name)
+        names += [changed for n in names if (changed := re.sub(pattern, before, n)) != n]
+    return names
 
 
 def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32") -> None:

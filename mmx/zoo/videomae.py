@@ -14,7 +14,7 @@ from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation
 from mmx.zoo.family import Family, Runner, channels_last, pair
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import block
+from mmx.zoo.vit import RENAMED, block
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
@@ -191,6 +191,7 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="videomae",
+        older={r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"},
         known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$"),
     ),
     Family(
@@ -205,5 +206,6 @@ FAMILIES = (
         },
         heads={"classification": "classifier"},
         prefix="vivit",
+        older=RENAMED,
     ),
 )

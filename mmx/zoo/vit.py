@@ -25,6 +25,14 @@ LAYER: Table = {
     "layernorm_after": "mlp_norm",
 }
 
+RENAMED = {  # what files that keep the names of transformers 5 have in place of LAYER's
+    r"encoder\.layer\.": "layers.",
+    r"attention\.attention\.(q|k|v)[a-z]+\.": r"attention.\1_proj.",
+    r"attention\.output\.dense": "attention.o_proj",
+    r"intermediate\.dense": "mlp.fc1",
+    r"(?<!attention\.)output\.dense": "mlp.fc2",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -189,6 +197,7 @@ FAMILIES = (
         prefix="vit",
         known=(r"mask_token$",),
         infer=_infer,
+        older=RENAMED,
         libraries=(timm.VIT,),
     ),
     Family(
@@ -208,6 +217,7 @@ FAMILIES = (
         prefix="deit",
         known=(r"mask_token$", r"^distillation_classifier\."),
         infer=_infer,
+        older=RENAMED,
         libraries=(timm.DEIT,),
     ),
 )
