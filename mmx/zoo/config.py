@@ -28,6 +28,7 @@ ACTIVATION = {  # published name -> ours
 WITHOUT_EFFECT = frozenset(
     {
         "_attn_implementation_autoset",
+        "_commit_hash",
         "_label_trainable_num_channels",
         "_name_or_path",
         "_num_labels",
@@ -84,6 +85,8 @@ WITHOUT_EFFECT = frozenset(
         "encoder_no_repeat_ngram_size",
         "eos_token_id",
         "exponential_decay_length_penalty",
+        "feat_extract_dropout",
+        "extra_pos_embeddings",
         "finetuning_task",
         "fixed_t_layer",
         "fixed_v_layer",
@@ -167,6 +170,7 @@ WITHOUT_EFFECT = frozenset(
         "return_preclassifier",
         "return_prelogits",
         "samples_per_patch",
+        "second_input_size",
         "semantic_loss_ignore_index",
         "sep_token_id",
         "stage_names",
@@ -181,6 +185,7 @@ WITHOUT_EFFECT = frozenset(
         "temperature",
         "text_config_dict",
         "tf_legacy_loss",
+        "tie_encoder_decoder",
         "tie_word_embeddings",
         "tokenizer_class",
         "top_k",

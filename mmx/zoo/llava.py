@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -20,6 +20,8 @@ class LlavaVisionConfig(clip.CLIPVisionConfig):
     """The published fields of LLaVA's image tower, CLIP's."""
 
     model_type: str = "clip_vision_model"
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"vocab_size"})
 
 
 @dataclasses.dataclass(frozen=True)

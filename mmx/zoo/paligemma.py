@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -35,6 +35,8 @@ class PaliGemmaVisionConfig:
     vision_use_head: bool = False
     vocab_size: int | None = None  # without effect, as the next one
     projection_dim: int | None = None
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"projector_hidden_act"})
 
 
 @dataclasses.dataclass(frozen=True)

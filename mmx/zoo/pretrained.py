@@ -270,7 +270,10 @@ def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], 
     if not file.exists():
         raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
     if name is None:
-        raise InputError(f"{file} has no model_type; name one: family={' or '.join(sorted(FAMILIES))}")
+        raise InputError(
+            f"{file} has no model_type, and is of no model that mmx knows by another library's names; "
+            f"name one: family={' or '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[name], fields, file
 
 

@@ -113,8 +113,8 @@ def _vit(a: Arguments) -> dict[str, Any]:
         "intermediate_size": int(a.embed_dim * a.mlp_ratio),
         "hidden_act": ACTIVATIONS[a.act_layer or "gelu"],
         "layer_norm_eps": EPS,
-        "image_size": a.img_size,
-        "patch_size": a.patch_size,
+        "image_size": square(a.img_size),
+        "patch_size": square(a.patch_size),
         "num_channels": a.in_chans,
         "num_labels": a.num_classes,
     }
