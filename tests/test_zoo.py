@@ -262,6 +262,10 @@ def test_under_the_names_of_another_library_and_back(tmp_path, folder):
         again = mmx.load_pretrained(tmp_path / str(form is own), family="coca" if folder == "CoCa" else None)
         assert again.family.library is form.family.library and again.heads == pretrained.heads
         jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
+        if folder in ("OpenClipCLIP", "TimmBeit"):  # images lie in the configuration of the one, and beside that of the other
+            image = np.random.default_rng(0).integers(0, 255, (26, 26, 3), np.uint8)
+            made = [p.preprocess(images=[image]) for p in (pretrained, again)]
+            np.testing.assert_allclose(*(next(iter(inputs.values())) for inputs in made), atol=1e-6)
         assert folder == "CLIPModel" or again.config == pretrained.config  # the end of its texts has two names
     with pytest.raises(InputError, match="unknown library 'open_clap'"):
         pretrained.under("open_clap")

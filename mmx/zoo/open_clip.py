@@ -286,6 +286,7 @@ def _as_siglip(c: Any) -> dict[str, Any]:
     return {
         "embed_dim": text.projection_size or text.hidden_size,
         "init_logit_bias": -10,
+        "quick_gelu": activation(text.hidden_act) == "quick_gelu",
         "custom_text": True,
         "text_cfg": {**_as_text(text), "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
         "vision_cfg": {

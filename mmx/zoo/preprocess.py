@@ -13,7 +13,8 @@ from mmx.errors import InputError
 from mmx.zoo.tokenizer import FILES as TEXT_FILES
 from mmx.zoo.tokenizer import Texts, TextSteps, read_texts
 
-FILES = (*TEXT_FILES, "preprocessor_config.json", "generation_config.json")
+IMAGES = "preprocessor_config.json"
+FILES = (*TEXT_FILES, IMAGES, "generation_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ImageSteps:
 
 def read_images(folder: Path) -> ImageSteps | None:
     """The steps of a published folder's preprocessor_config.json; None if it has none, or none for images."""
-    file = folder / "preprocessor_config.json"
+    file = folder / IMAGES
     fields = json.loads(file.read_text()) if file.exists() else {}
     if "image_mean" not in fields:
         return None
@@ -107,6 +108,25 @@ def read_images(folder: Path) -> ImageSteps | None:
         mean=tuple(fields["image_mean"]) if fields.get("do_normalize", True) else (0.0,) * 3,
         std=tuple(fields["image_std"]) if fields.get("do_normalize", True) else (1.0,) * 3,
     )
+
+
+def write_images(steps: ImageSteps) -> dict[str, Any] | None:
+    """The way back of `read_images`; None where the published fields do not tell so much."""
+    if (steps.fit != "squash" and isinstance(steps.size, tuple)) or steps.fill:
+        return None
+    size, crop = (None if s is None else dict(zip(("height", "width"), _pair(s), strict=True)) for s in (steps.size, steps.crop))
+    return {
+        "do_resize": steps.size is not None,
+        "size": {"shortest_edge": steps.size} if isinstance(steps.size, int) else size,
+        "do_center_crop": steps.crop is not None,
+        "crop_size": crop,
+        "resample": steps.resample,
+        "do_rescale": True,
+        "rescale_factor": steps.scale,
+        "do_normalize": True,
+        "image_mean": steps.mean,
+        "image_std": steps.std,
+    }
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -86,7 +86,11 @@ class Pretrained:
         family = family if library is None else family.under(known[library])
         names = family.library.inputs if family.library else None
         steps = dataclasses.replace(self.preprocess, names=names or None)  # type: ignore[type-var]
-        return dataclasses.replace(self, family=family, preprocess=steps, extra={})
+        files, images = dict(self.files), getattr(steps, "images", None)
+        if family.library is None and images is not None and preprocess.IMAGES not in files:
+            fields = preprocess.write_images(images)
+            files |= {} if fields is None else {preprocess.IMAGES: json.dumps(fields, indent=2).encode()}
+        return dataclasses.replace(self, family=family, preprocess=steps, extra={}, files=files)
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
         """Writes the likeliest next id, `max_new_tokens` times.
