@@ -224,6 +224,7 @@ class TokenClassifier(nn.Module):
         norm: eps of a LayerNorm behind that; None: no norm.
         bias: whether every class has a number of its own added to its scores.
         tied: a modality of ids whose embedding is the matrix (GIT); None: a matrix of its own.
+        special: whether only the learned tokens in front have one (DeiT), and not every token.
     """
 
     classes: int | Mapping[str, int]
@@ -234,15 +235,16 @@ class TokenClassifier(nn.Module):
     norm: float | None = None
     bias: bool = True
     tied: str | None = None
+    special: bool = False
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> Any:
         wanted = (self.stream,) if isinstance(self.stream, str) else self.stream
-        read = [tokens.values for name, tokens in streams.items() if wanted is None or name in wanted]
-        if not read:
+        chosen = [tokens for name, tokens in streams.items() if wanted is None or name in wanted]
+        if not chosen:
             return None
-        x = jnp.concatenate(read, 1)
+        x = jnp.concatenate([t.values[:, : len(t.special)] if self.special else t.values for t in chosen], 1)
         x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
         if self.tied is not None:
             ids: Any = modalities[self.tied]

@@ -218,7 +218,8 @@ def load(folder: Path, family: str | None, change: Mapping[str, Any]) -> mmx.zoo
 
 def class_of(folder: Path) -> str:
     """The published class: what config.json says, else the folder's name."""
-    fields = json.loads((folder / "config.json").read_text())
+    config = folder / "config.json"
+    fields = json.loads(config.read_text()) if config.exists() else {}
     named = [*fields.get("architectures", ()), fields.get("reference_class"), folder.name]
     return next((name for name in named if name in CLASSES), folder.name)
 

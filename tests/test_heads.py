@@ -9,6 +9,7 @@ from mmx.errors import InputError
 from mmx.heads import Classifier, Pooler, Similarity, TiedDecoder, TokenClassifier
 from mmx.modalities import Features, Ids
 from mmx.topologies import PerStream
+from mmx.types import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,13 @@ def test_what_stands_before_the_last_matrix(setting):
     for name in ("a", "b"):
         expected = dense(image, params["heads_several"][f"classifier_{name}"])
         np.testing.assert_allclose(out.logits["several"][name], expected, atol=1e-4)
+
+
+def test_classes_of_learned_tokens():
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("f")
+    streams = {"image": Tokens(x, special=("class", "distillation"))}
+    out, found = TokenClassifier(3, "image", transform=False, special=True).init_with_output(jax.random.key(0), streams, {}, {})
+    np.testing.assert_allclose(out, dense(x[:, :2], found["params"]["classifier"]), atol=1e-5)
 
 
 def test_tied_matrices(setting):

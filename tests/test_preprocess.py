@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mmx
 from mmx.errors import InputError
-from mmx.zoo import FAMILIES, preprocess
+from mmx.zoo import FAMILIES, open_clip, preprocess, timm
 from mmx.zoo.preprocess import ImageSteps, read_images, read_sounds
 from mmx.zoo.sounds import FilterBankSteps, LogMelSteps
 from mmx.zoo.tokenizer import Texts, read_texts, sentence_pieces
@@ -35,6 +35,16 @@ def test_images_as_the_original_library_makes_them(name, tmp_path):
     np.testing.assert_allclose(made[0], recorded[f"{name}ImageProcessorPil"], atol=1e-5)
     again = steps([recorded["image"], recorded["image"]])["pixel_values"]
     assert again.shape == (2, *made.shape[1:]) and again.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", json.loads((HERE / "libraries.json").read_text()))
+def test_images_as_other_libraries_make_them(name):
+    fields = json.loads((HERE / "libraries.json").read_text())[name]
+    image = safetensors.numpy.load_file(HERE / "images.safetensors")["image"]
+    steps = {"open_clip": open_clip, "timm": timm}[name.partition(".")[0]].images(fields)
+    assert steps is not None
+    made = steps([image])["pixel_values"][0]
+    np.testing.assert_allclose(made, safetensors.numpy.load_file(HERE / "libraries.safetensors")[name], atol=1e-5)
 
 
 def test_small_images_are_put_in_the_middle():

@@ -1,6 +1,8 @@
 """Published models: parity with their reference implementations, weights in both directions, names."""
 
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, Pretrained, configuration
+from mmx.zoo.config import parse
 from mmx.zoo.family import Chosen
 from mmx.zoo.pages import counts_of
 from mmx.zoo.weights import INDEX, flat, resolve, write
@@ -50,7 +53,7 @@ def test_saved_and_loaded_again_they_are_the_same(folder, tmp_path):
     again = mmx.load_pretrained(tmp_path, family=family)
     assert again.config == pretrained.config and again.heads == pretrained.heads
     jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
-    old, new = (safetensors.numpy.load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    old, new = (safetensors.numpy.load_file(next(path.glob("*model.safetensors"))) for path in (folder, tmp_path))
     assert set(new) <= set(old)
     for name, array in new.items():
         np.testing.assert_array_equal(array, old[name], err_msg=name)
@@ -240,6 +243,92 @@ def test_names():
     assert all(family.name == name for name, family in FAMILIES.items())
 
 
+@pytest.mark.parametrize(
+    "folder", ["CLIPModel", "CoCa", "OpenClipCLIP", "TimmVisionTransformerDistilled", "TimmBeit", "SiglipModel"]
+)
+def test_under_the_names_of_another_library_and_back(tmp_path, folder):
+    """The same tensors, and the same numbers under other names; live, the other library reads what is written, and agrees."""
+    source = PUBLISHED[0].parent / folder
+    pretrained = mmx.load_pretrained(source, family=golden.CLASSES.get(folder, golden.Class()).family)
+    own, other = pretrained.under(None), pretrained.under(pretrained.family.libraries[0].name)
+    if folder == "CLIPModel":
+        inputs, recorded = (safetensors.numpy.load_file(source / f"{n}.safetensors") for n in ("inputs", "outputs"))
+        found = other(image=inputs["pixel_values"], text=inputs["input_ids"])
+        for name, theirs in {"image_embeds": "image_features", "logits_per_text": "text_logits"}.items():
+            np.testing.assert_allclose(found[theirs], recorded[name], atol=1e-4)
+    if folder == "SiglipModel":  # timm has no image tower so small
+        with pytest.raises(InputError, match="timm has no image tower"):
+            mmx.save_pretrained(tmp_path, other)
+        return
+    for form in (other, own):
+        mmx.save_pretrained(tmp_path / str(form is own), form)
+        again = mmx.load_pretrained(tmp_path / str(form is own), family="coca" if folder == "CoCa" else None)
+        assert again.family.library is form.family.library and again.heads == pretrained.heads
+        jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
+        if folder in ("OpenClipCLIP", "TimmBeit"):  # images lie in the configuration of the one, and beside that of the other
+            image = np.random.default_rng(0).integers(0, 255, (26, 26, 3), np.uint8)
+            made = [p.preprocess(images=[image]) for p in (pretrained, again)]
+            np.testing.assert_allclose(*(next(iter(inputs.values())) for inputs in made), atol=1e-6)
+        assert folder == "CLIPModel" or again.config == pretrained.config  # the end of its texts has two names
+    with pytest.raises(InputError, match="unknown library 'open_clap'"):
+        pretrained.under("open_clap")
+
+
+def test_siglip_under_the_names_of_open_clip(tmp_path):
+    """The state_dict of open_clip 3.3.0's `create_model("ViT-B-16-SigLIP")`, with how many layers have each name; and by value."""
+    recorded = json.loads((Path(__file__).parent / "siglip_under_open_clip.json").read_text())
+    (library,) = FAMILIES["siglip"].libraries
+    family, config = configuration("ViT-B-16-SigLIP")
+    weights = resolve(family.under(library).table(config), _shapes("ViT-B-16-SigLIP"))
+    found: dict[str, Any] = {}
+    for name, shape in {w.name: w.shape for w in weights}.items():
+        pattern = re.sub(r"(blocks)\.\d+\.", r"\1.{}.", name)
+        found[pattern] = [found.get(pattern, [0])[0] + 1, list(shape)]
+    assert found == recorded
+    assert parse(type(config), library.read(library.write(config, (), None, {}))) == config
+    p = mmx.load_pretrained(PUBLISHED[0].parent / "SiglipModel")
+    write(tmp_path, resolve(p.under("open_clip").family.table(p.config), p.params), p.params)
+    theirs = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    own = safetensors.numpy.load_file(PUBLISHED[0].parent / "SiglipModel" / "model.safetensors")
+    head, width = own["vision_model.head.attention.in_proj_weight"], p.config.vision_config.hidden_size
+    np.testing.assert_array_equal(theirs["visual.trunk.attn_pool.q.weight"], head[:width])
+    np.testing.assert_array_equal(theirs["visual.trunk.attn_pool.kv.weight"], head[width:])
+    layer = [own[f"vision_model.encoder.layers.1.self_attn.{n}_proj.weight"] for n in "qkv"]
+    np.testing.assert_array_equal(theirs["visual.trunk.blocks.1.attn.qkv.weight"], np.concatenate(layer))
+    layer = [own[f"text_model.encoder.layers.1.self_attn.{n}_proj.bias"] for n in "qkv"]
+    np.testing.assert_array_equal(theirs["text.transformer.resblocks.1.attn.in_proj_bias"], np.concatenate(layer))
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "message"),
+    [
+        ("OpenClipCLIP", {"model_cfg.vision_cfg.no_ln_pre": True}, "VisionConfig: no_ln_pre=True is not supported"),
+        ("OpenClipCLIP", {"model_cfg.text_cfg.pool_type": "eos"}, "pool_type='eos' is not supported; it has to be 'argmax'"),
+        ("OpenClipCLIP", {"model_cfg.text_cfg.act_kwargs": {"beta": 1}}, "act_kwargs={'beta': 1} with quick_gelu=False"),
+        ("OpenClipCLIP", {"model_cfg.vision_cfg.norm_kwargs": {"affine": 1}}, "norm_kwargs={'affine': 1}; only eps"),
+        ("OpenClipCLIP", {"model_cfg.vision_cfg.hidth": 3}, "unknown field 'hidth'; did you mean 'width'"),
+        ("OpenClipCLIP", {"model_cfg.vision_cfg.timm_model_name": "resnet50"}, "timm_pool='avg' is not supported"),
+        ("OpenClipCLIP", {"preprocess_cfg.resize_mode": "shorter"}, "unknown resize mode 'shorter'; did you mean 'shortest'"),
+        ("TimmVisionTransformer", {"model_args.reg_tokens": 4}, "Arguments has unknown field 'reg_tokens'"),
+        ("TimmVisionTransformer", {"global_pool": "avg", "model_args.global_pool": "avg"}, "global_pool='avg' is not supported"),
+        ("TimmVisionTransformer", {"architecture": "vit_wee_patch16_224"}, "architecture='vit_wee_patch16_224' is not supported"),
+        ("TimmVisionTransformer", {"architecture": "resnet50"}, "has no model_type"),
+        ("TimmBeit", {"model_args.img_size": [24, 32]}, "the grid has to be a square"),
+    ],
+)
+def test_what_is_not_supported_of_other_libraries_is_named(tmp_path, folder, change, message):
+    shutil.copytree(PUBLISHED[0].parent / folder, tmp_path, dirs_exist_ok=True)
+    file = next(tmp_path.glob("*config.json"))
+    fields = json.loads(file.read_text())
+    for name, value in change.items():
+        *parts, last = name.split(".")
+        functools.reduce(lambda inner, part: inner[part], parts, fields)[last] = value
+    file.write_text(json.dumps(fields))
+    with pytest.raises(InputError) as error:
+        mmx.load_pretrained(tmp_path)
+    assert message in str(error.value)
+
+
 def test_generation_continues_prompts_padded_on_the_left():
     pretrained = mmx.load_pretrained(GPT2)
     prompt = np.asarray([[5, 9, 11]])
@@ -249,25 +338,51 @@ def test_generation_continues_prompts_padded_on_the_left():
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
 
 
+_RENAMED = {r"encoder\.layer\.": "layers.", r"attention\.attention\.(query|key|value)": r"attention.\1_proj"}
+_RENAMED |= {
+    "query_proj": "q_proj",
+    "key_proj": "k_proj",
+    "value_proj": "v_proj",
+    r"attention\.output\.dense": "attention.o_proj",
+}
+_RENAMED |= {r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2"}
+_MODEL = {r"^language_model\.lm_head": "lm_head", r"^language_model\.model": "model.language_model", "^multi": "model.multi"}
+
+
 @pytest.mark.parametrize(
-    ("folder", "old"),
+    ("folder", "changes"),
     [
         (
-            WAV2VEC2,
-            {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"},
+            "Wav2Vec2Model",
+            {r"parametrizations\.weight\.original0": "weight_g", r"parametrizations\.weight\.original1": "weight_v"},
         ),
-        (PUBLISHED[0].parent / "LlavaForConditionalGeneration", {"vision_tower.": "vision_tower.vision_model."}),
+        ("BertForPreTraining", {r"LayerNorm\.weight": "LayerNorm.gamma", r"LayerNorm\.bias": "LayerNorm.beta"}),
+        ("ViTForImageClassification", _RENAMED),
+        ("BeitForMaskedImageModeling", {r"attention\.attention\.relative": "relative"} | _RENAMED),
+        ("ViTMAEForPreTraining", {r"decoder\.decoder_encoder\.layer": "decoder.decoder_layers"}),
+        ("ViTMAEForPreTraining", {r"decoder\.decoder_encoder\.layer": "decoder.decoder_layers"} | _RENAMED),
+        (
+            "VideoMAEForVideoClassification",
+            {r"\.([qv])_bias$": r".\1.bias", r"\.q\.bias$": ".query.bias", r"\.v\.bias$": ".value.bias"},
+        ),
+        ("LlavaForConditionalGeneration", {r"^vision_tower": "vision_tower.vision_model"}),
+        ("LlavaForConditionalGeneration", {r"^vision_tower": "model.vision_tower.vision_model"} | _MODEL),
+        ("PaliGemmaForConditionalGeneration", {r"^vision_tower": "vision_tower.vision_model"}),
+        ("PaliGemmaForConditionalGeneration", {r"^vision_tower": "model.vision_tower"} | _MODEL),
+        ("OpenClipCLIP", {r"^(?!visual|logit)": "text."}),
     ],
-    ids=lambda x: x.name if isinstance(x, Path) else "",
 )
-def test_older_names_are_read(tmp_path, folder, old):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    for new, name in old.items():
-        tensors = {n.replace(new, name): x for n, x in tensors.items()}
-    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    params = mmx.load_pretrained(tmp_path).params
-    jax.tree.map(np.testing.assert_array_equal, params, mmx.load_pretrained(folder).params)
+def test_names_of_another_age_are_read(tmp_path, folder, changes):
+    source = PUBLISHED[0].parent / folder
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    file = next(tmp_path.glob("*model.safetensors"))
+    tensors = safetensors.numpy.load_file(file)
+    renamed = {functools.reduce(lambda n, pair: re.sub(*pair, n), changes.items(), name): x for name, x in tensors.items()}
+    assert not set(tensors) & set(renamed) >= set(tensors)
+    safetensors.numpy.save_file(renamed, file)
+    again, pretrained = mmx.load_pretrained(tmp_path), mmx.load_pretrained(source)
+    assert again.heads == pretrained.heads
+    jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
 
 
 @pytest.mark.parametrize(

@@ -113,5 +113,6 @@ FAMILIES = (
         heads={"classification": "classifier"},
         prefix=BODY,
         sound=FilterBankSteps,
+        older=vit.RENAMED,
     ),
 )

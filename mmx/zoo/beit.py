@@ -12,10 +12,11 @@ from mmx.losses import cross_entropy, masked_mean
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
+from mmx.zoo import timm
 from mmx.zoo.config import Pixels, activation, only
-from mmx.zoo.family import Family, Runner, channels_last
+from mmx.zoo.family import Family, Runner, channels_last, pair
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import class_loss, pair
+from mmx.zoo.vit import RENAMED, class_loss
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
@@ -157,9 +158,13 @@ FAMILIES = (
             "beit-large-patch16-224-pt22k-ft22k": {**_LARGE, "num_labels": 21841},
             "beit-large-patch16-384": {**_LARGE, "num_labels": 1000, "image_size": 384},
             "beit-large-patch16-512": {**_LARGE, "num_labels": 1000, "image_size": 512},
+            **timm.names(timm.beit_fields, "beit_{}", {"base": "16_224 16_384", "large": "16_224 16_384 16_512"}),
+            **timm.names(timm.beit_fields, "beitv2_{}", {"base": "16_224", "large": "16_224"}),
         },
         heads={"masked-image": "lm_head", "classification": "classifier"},
         prefix="beit",
         known=(r"relative_position_index$",),
+        older={**RENAMED, r"attention\.attention\.relative_position": "relative_position"},
+        libraries=(timm.BEIT,),
     ),
 )

@@ -12,6 +12,7 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.topologies.stage import given
+from mmx.zoo import open_clip
 from mmx.zoo.config import Pixels, activation
 from mmx.zoo.family import Family, Run, Runner, channels_last, padded
 from mmx.zoo.tokenizer import Texts
@@ -235,7 +236,7 @@ def similarities(image: Any, text: Any, scale: Any, loss: bool) -> dict[str, Any
 def _forward(run: Runner, c: CLIPConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = towers(run, inputs)
     image, text = r.out.embeddings.get("image"), r.out.embeddings.get("text")
-    fields = {"image_embeds": image, "text_embeds": text, **tower_fields(r)}
+    fields = {"image_embeds": image, "text_embeds": text, "logit_scale": r.out.logit_scale, **tower_fields(r)}
     return {**fields, **similarities(image, text, r.out.logit_scale, inputs.get("return_loss", False))}
 
 
@@ -261,40 +262,7 @@ def _vision(layers: int, width: int, heads: int, patch: int, size: int = 224) ->
     return _text(layers, width, heads) | {"patch_size": patch, "image_size": size}
 
 
-def _open_clip(
-    patch: int, vision: tuple[int, int, int], text: tuple[int, int, int], size: int = 224, **more: Any
-) -> dict[str, Any]:
-    """A size under open_clip's name, where activations are erf GELU; towers are (layers, width, heads)."""
-    image = _vision(*vision, patch, size) | {"hidden_act": "gelu"} | more
-    return {"vision_config": image, "text_config": _text(*text) | {"hidden_act": "gelu"}, "projection_dim": text[1]}
-
-
-def _quick(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with OpenAI's activation."""
-    quick = {name: fields[name] | {"hidden_act": "quick_gelu"} for name in ("vision_config", "text_config")}
-    return {**fields, **quick}
-
-
 _LARGE = {"text_config": _text(12, 768, 12), "projection_dim": 768}
-_VISION = {"S": (12, 384, 6), "M": (12, 512, 8), "B": (12, 768, 12), "L": (24, 1024, 16), "H": (32, 1280, 16)}
-_TEXT = {"S": (12, 384, 6), "B": (12, 512, 8), "L": (12, 768, 12), "H": (24, 1024, 16)}
-OPEN_CLIP = {
-    "ViT-S-32": _open_clip(32, _VISION["S"], _TEXT["S"]),
-    "ViT-S-16": _open_clip(16, _VISION["S"], _TEXT["S"]),
-    "ViT-M-32": _open_clip(32, _VISION["M"], _TEXT["B"]),
-    "ViT-M-16": _open_clip(16, _VISION["M"], _TEXT["B"]),
-    "ViT-B-32": _open_clip(32, _VISION["B"], _TEXT["B"]),
-    "ViT-B-32-256": _open_clip(32, _VISION["B"], _TEXT["B"], 256),
-    "ViT-B-16": _open_clip(16, _VISION["B"], _TEXT["B"]),
-    "ViT-B-16-plus-240": _open_clip(16, (12, 896, 14), (12, 640, 10), 240),
-    "ViT-L-16": _open_clip(16, _VISION["L"], _TEXT["L"]),
-    "ViT-L-14": _open_clip(14, _VISION["L"], _TEXT["L"]),
-    "ViT-L-14-336": _open_clip(14, _VISION["L"], _TEXT["L"], 336),
-    "ViT-H-14": _open_clip(14, _VISION["H"], _TEXT["H"]),
-    "ViT-g-14": _open_clip(14, (40, 1408, 16), _TEXT["H"], intermediate_size=6144),
-    "ViT-bigG-14": _open_clip(14, (48, 1664, 16), (32, 1280, 20), intermediate_size=8192),
-    "ViT-e-14": _open_clip(14, (56, 1792, 16), (36, 1280, 20), intermediate_size=15360),
-}
 TEXTS = Texts("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", full=True, word_end="</w>")
 FAMILIES = (
     Family(
@@ -308,10 +276,10 @@ FAMILIES = (
             "clip-vit-base-patch16": {"vision_config": {"patch_size": 16}},
             "clip-vit-large-patch14": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14)},
             "clip-vit-large-patch14-336": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14, 336)},
-            **OPEN_CLIP,
-            **{f"ViT-{n}-quickgelu": _quick(OPEN_CLIP[f"ViT-{n}"]) for n in ("B-32", "B-16", "L-14", "L-14-336", "H-14")},
+            **open_clip.clip_names(),
         },
         known=(r"position_ids$",),
+        libraries=(open_clip.CLIP,),
         texts=TEXTS,
         length=lambda c: c.text_config.max_position_embeddings,
     ),

@@ -17,57 +17,18 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Cross, PerStream, Pool, Stage
 from mmx.types import Masked
+from mmx.zoo import open_clip
 from mmx.zoo.config import only
-from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.siglip import attention_table
-from mmx.zoo.vit import pair
-from mmx.zoo.weights import Table, convolution, layers, reshaped
+from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.open_clip import EPS, ModelConfig, TextConfig
+from mmx.zoo.weights import Table, attention_table, layers, reshaped
 
-EPS = 1e-5
 CAPTION_WEIGHT = 2.0  # of the caption's loss beside the contrastive one's 1 (arXiv 2205.01917, 4.1)
 LOSS_PAD = 0  # the id that its loss leaves out, whatever pad_id is
 
 
 @dataclasses.dataclass(frozen=True)
-class CoCaTextConfig:
-    """The fields of open_clip's text tower."""
-
-    context_length: int = 77
-    vocab_size: int = 49408
-    hf_tokenizer_name: str | None = None
-    tokenizer_mode: str | None = None
-    tokenizer_kwargs: Any = None
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
-    ls_init_value: float | None = None
-    embed_cls: bool = False
-    pad_id: int = 0
-    eos_id: int = 2
-    no_causal_mask: bool = False
-    final_ln_after_pool: bool = False
-    pool_type: str = "argmax"
-    proj_bias: bool = False
-    proj_type: str | None = "linear"
-    output_tokens: bool = False
-    act_kwargs: Any = None
-    norm_kwargs: Any = None
-    block_type: str | None = None
-    qk_norm: bool = False
-    scaled_cosine_attn: bool = False
-    scale_heads: bool = False
-    scale_attn_inner: bool = False
-    scale_attn: bool = False
-    scale_fc: bool = False
-    hf_model_name: str | None = None
-    hf_model_pretrained: bool = True
-    hf_proj_type: str = "mlp"
-    hf_pooler_type: str = "mean_pooler"
-
-
-@dataclasses.dataclass(frozen=True)
-class CoCaMultimodalConfig(CoCaTextConfig):
+class CoCaMultimodalConfig(TextConfig):
     """The fields of open_clip's decoder, of which width, heads, layers and scale have an effect: its MLP is 4 x width."""
 
     mlp_ratio: float = 4
@@ -77,63 +38,18 @@ class CoCaMultimodalConfig(CoCaTextConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class CoCaVisionConfig:
-    """The fields of open_clip's image tower."""
-
-    layers: int = 12
-    width: int = 768
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    patch_size: int = 16
-    image_size: int | tuple = 224
-    ls_init_value: float | None = None
-    patch_dropout: float = 0.0
-    attentional_pool: bool | str = False
-    attn_pooler_queries: int = 256
-    attn_pooler_heads: int = 8
-    no_ln_pre: bool = False
-    pos_embed_type: str = "learnable"
-    final_ln_after_pool: bool = False
-    pool_type: str = "tok"
-    output_tokens: bool = False
-    act_kwargs: Any = None
-    norm_kwargs: Any = None
-    block_type: str | None = None
-    qk_norm: bool = False
-    scaled_cosine_attn: bool = False
-    scale_heads: bool = False
-    scale_attn_inner: bool = False
-    scale_attn: bool = False
-    scale_fc: bool = False
-    timm_model_name: str | None = None
-    timm_model_pretrained: bool = False
-    timm_pool: str = "avg"
-    timm_proj: str | None = "linear"
-    timm_proj_bias: bool = False
-    timm_drop: float = 0.0
-    timm_drop_path: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CoCaConfig:
+class CoCaConfig(ModelConfig):
     """The fields of open_clip's CoCa."""
 
-    embed_dim: int = 512
-    vision_cfg: CoCaVisionConfig = CoCaVisionConfig()
-    text_cfg: CoCaTextConfig = CoCaTextConfig(embed_cls=True)
+    text_cfg: TextConfig = TextConfig(embed_cls=True)
     multimodal_cfg: CoCaMultimodalConfig = CoCaMultimodalConfig()
-    quick_gelu: bool = False
 
 
-PLAIN: dict[str, Any] = {  # open_clip's variants of a block
-    "act_kwargs": (None, {}),
-    "norm_kwargs": (None, {}),
-    "block_type": (None, "default"),
-    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"), False),
-}
+PLAIN: dict[str, Any] = {**open_clip.PLAIN, "act_kwargs": (None, {}), "norm_kwargs": (None, {})}
 
 
 def _check(c: CoCaConfig) -> None:
+    only(c, init_logit_bias=None)
     only(c.text_cfg, embed_cls=True, no_causal_mask=False, proj_type="linear", hf_model_name=None, **PLAIN)
     only(c.multimodal_cfg, hf_model_name=None, **PLAIN)
     only(c.vision_cfg, attentional_pool=(True, False), pos_embed_type="learnable", pool_type="tok", timm_model_name=None, **PLAIN)
@@ -207,18 +123,16 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
     )
 
 
-def _layer(kind: str, mlp: str = "mlp") -> Table:
-    """The weights of a block of `kind` and its MLP."""
-    return {
-        **attention_table("attn", kind),
-        "ln_1": f"{kind}_norm",
-        "ln_1_kv": f"{kind}_context_norm",
-        "ls_1.gamma": f"{kind}_scale",
-        "mlp.c_fc": f"{mlp}/up",
-        "mlp.c_proj": f"{mlp}/down",
-        "ln_2": f"{mlp}_norm",
-        "ls_2.gamma": f"{mlp}_scale",
-    }
+_CROSS: Table = {  # a block that reads the image, and its MLP
+    **attention_table("attn", "cross"),
+    "ln_1": "cross_norm",
+    "ln_1_kv": "cross_context_norm",
+    "ls_1.gamma": "cross_scale",
+    "mlp.c_fc": "mlp_1/up",
+    "mlp.c_proj": "mlp_1/down",
+    "ln_2": "mlp_1_norm",
+    "ls_2.gamma": "mlp_1_scale",
+}
 
 
 def _table(c: CoCaConfig) -> Table:
@@ -230,11 +144,7 @@ def _table(c: CoCaConfig) -> Table:
         pool |= {f"visual.attn_pool.attn.{n}_proj_weight": f"stages_1/pool/cross/{ours}/kernel" for ours, n in apart.items()}
     return {
         "logit_scale": "logit_scale",
-        "visual.class_embedding": reshaped("modalities_image/special", image.width),
-        "visual.conv1": convolution("modalities_image/patch", image.patch_size, image.patch_size),
-        "visual.positional_embedding": "modalities_image/position",
-        "visual.ln_pre": "modalities_image/norm",
-        **layers("visual.transformer.resblocks.{}", "stages_0/image/layers/block", _layer("self")),
+        **open_clip.image_table(image.width, image.patch_size),
         "visual.attn_pool.query": "stages_1/pool/token",
         "visual.attn_pool.ln_q": "stages_1/pool/token_norm",
         "visual.attn_pool.ln_k": "stages_1/pool/context_norm",
@@ -242,13 +152,11 @@ def _table(c: CoCaConfig) -> Table:
         "visual.ln_post": "stages_1/norm" if image.attentional_pool else "stages_0/image/norm",
         "visual.proj": "projections_image/projection/kernel",
         "text.cls_emb": reshaped("modalities_text/last", c.text_cfg.width),
-        "text.token_embedding": "modalities_text/token",
-        "text.positional_embedding": "modalities_text/position",
-        **layers("text.transformer.resblocks.{}", "stages_0/text/layers/block", _layer("self")),
+        **open_clip.text_table("text."),
         "text.ln_final": "poolers_text/norm",
         "text.text_projection": "projections_text/projection" + ("" if c.text_cfg.proj_bias else "/kernel"),
-        **layers("text_decoder.resblocks.{}", f"stages_{last}/layers/text", _layer("self")),
-        **layers("text_decoder.cross_attn.{}", f"stages_{last}/layers/text", _layer("cross", "mlp_1")),
+        **layers("text_decoder.resblocks.{}", f"stages_{last}/layers/text", open_clip.BLOCK),
+        **layers("text_decoder.cross_attn.{}", f"stages_{last}/layers/text", _CROSS),
         "text_decoder.ln_final": f"stages_{last}/text_norm",
         "text_decoder.text_projection": "heads_captioning/classifier/kernel",
     }
@@ -288,7 +196,8 @@ def _forward(run: Runner, c: CoCaConfig, inputs: Mapping[str, Any]) -> dict[str,
 
 def _sized(width: int, heads: int, vision: Mapping[str, Any], vocab: int = 49408) -> dict[str, Any]:
     text = {"context_length": 76, "vocab_size": vocab, "width": width, "heads": heads}
-    return {"text_cfg": {**text, "embed_cls": True}, "multimodal_cfg": text, "vision_cfg": dict(vision)}
+    own = {**text, "embed_cls": True, "output_tokens": True}
+    return {"text_cfg": own, "multimodal_cfg": text, "vision_cfg": {**vision, "output_tokens": True}}
 
 
 FAMILIES = (
@@ -308,5 +217,6 @@ FAMILIES = (
         },
         heads={"captioning": "text_decoder.text_projection"},
         known=(r"attn_mask$",),
+        libraries=(open_clip.COCA,),
     ),
 )

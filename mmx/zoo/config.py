@@ -30,6 +30,7 @@ ACTIVATION = {  # published name -> ours
 WITHOUT_EFFECT = frozenset(
     {
         "_attn_implementation_autoset",
+        "_commit_hash",
         "_label_trainable_num_channels",
         "_name_or_path",
         "_num_labels",
@@ -86,6 +87,8 @@ WITHOUT_EFFECT = frozenset(
         "encoder_no_repeat_ngram_size",
         "eos_token_id",
         "exponential_decay_length_penalty",
+        "feat_extract_dropout",
+        "extra_pos_embeddings",
         "finetuning_task",
         "fixed_t_layer",
         "fixed_v_layer",
@@ -169,6 +172,7 @@ WITHOUT_EFFECT = frozenset(
         "return_preclassifier",
         "return_prelogits",
         "samples_per_patch",
+        "second_input_size",
         "semantic_loss_ignore_index",
         "sep_token_id",
         "stage_names",
@@ -183,6 +187,7 @@ WITHOUT_EFFECT = frozenset(
         "temperature",
         "text_config_dict",
         "tf_legacy_loss",
+        "tie_encoder_decoder",
         "tie_word_embeddings",
         "tokenizer_class",
         "top_k",
@@ -289,6 +294,13 @@ def to_published(config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         for value in [getattr(config, f.name)]
     }
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that differ from the defaults of their class, as published."""
+    values = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
+    nested = {n: changed(value) for n, (value, _) in values.items() if dataclasses.is_dataclass(value)}
+    return {n: value for n, (value, default) in values.items() if n not in nested and value != default} | nested
 
 
 def override(config: Config, fields: Mapping[str, Any]) -> Config:

@@ -13,6 +13,7 @@ from mmx.errors import InputError
 from mmx.model import MultimodalTransformer
 from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
+from mmx.zoo.preprocess import ImageSteps
 from mmx.zoo.sounds import SoundSteps
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
@@ -94,6 +95,41 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Library:
+    """How another library publishes models of a family: in which files, and under which names.
+
+    Args:
+        name: of the library.
+        file: of its configuration.
+        titles: of the file of weights; the first one is what is written.
+        holds: `fields -> bool`: whether what that configuration says is of this family.
+        read: `fields -> fields`: what it says, in the family's own fields.
+        write: `(config, heads, images, before) -> fields`: the way back; `before` is what the file said that the model came from.
+        table: `config -> Table`; None: the family's own.
+        heads: as those of a `Family`; None: the family's own.
+        known: likewise.
+        older: likewise.
+        inputs: its inputs -> the family's; (): the family's own.
+        outputs: the family's outputs -> its own, where they differ.
+        images: `fields -> ImageSteps` of its configuration.
+    """
+
+    name: str
+    file: str
+    titles: tuple[str, ...]
+    holds: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[Any, Sequence[str], ImageSteps | None, Mapping[str, Any]], dict[str, Any]]
+    table: Callable[[Any], Table] | None = None
+    heads: Mapping[str, str] | None = None
+    known: Sequence[str] = ()
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    images: Callable[[Mapping[str, Any]], ImageSteps | None] = lambda fields: None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """A family of published models.
 
@@ -114,7 +150,9 @@ class Family:
         video: whether it reads videos, and not images.
         sound: the kind of steps that prepare its sounds; None: it reads none.
         infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
-        older: patterns in the tensors' names -> what older files have in their place.
+        older: patterns in the tensors' names -> what files of another age have in their place, each of them or not.
+        libraries: others that publish the same models.
+        library: the one under whose names this is the family; None: its own ones.
     """
 
     name: str
@@ -133,6 +171,28 @@ class Family:
     sound: type[SoundSteps] | None = None
     infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    libraries: Sequence[Library] = ()
+    library: Library | None = None
+
+    def under(self, library: Library) -> "Family":
+        """The same family under the names of another library."""
+
+        def forward(run: Runner, config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            given = {ours: inputs[theirs] for theirs, ours in library.inputs.items() if theirs in inputs}
+            fields = self.forward(run, config, given if library.inputs else inputs)
+            return {library.outputs.get(name, name): value for name, value in fields.items()}
+
+        return dataclasses.replace(
+            self,
+            table=library.table or self.table,
+            heads=self.heads if library.heads is None else library.heads,
+            prefix="",
+            known=library.known,
+            older=library.older,
+            infer=None,
+            forward=forward,
+            library=library,
+        )
 
 
 def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
@@ -153,6 +213,11 @@ def channels_last(pixels: Any) -> Any:
     if pixels.ndim not in (4, 5):
         raise InputError(f"pixel_values: expected images (B, C, H, W) or videos (B, T, C, H, W), got {pixels.shape}")
     return jnp.moveaxis(pixels, -3, -1)
+
+
+def pair(size: int | tuple) -> tuple[int, int]:
+    """(height, width) of a published size, which is a number for a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
 
 
 def as_batch(batch: Batch) -> dict[str, Any]:

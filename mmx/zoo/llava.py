@@ -119,6 +119,12 @@ def _forward(run: Runner, c: LlavaConfig, inputs: Mapping[str, Any]) -> dict[str
     return {**fields, "image_hidden_states": None if image is None else image.values.reshape(-1, image.values.shape[-1])}
 
 
+OLDER = {  # first files have the whole class of the image tower; later ones a model inside, beside the decoder's matrix
+    r"^vision_tower\.": "vision_tower.vision_model.",
+    r"^language_model\.lm_head": "lm_head",
+    r"^language_model\.(model\.)?": "model.language_model.",
+    r"^(vision_tower|multi_modal_projector)\.": r"model.\1.",
+}
 _TEXT = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 FAMILIES = (
     Family(
@@ -133,7 +139,7 @@ FAMILIES = (
         },
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
+        older=OLDER,
         generation=Generation(beside={"written": 1}),
-        older={r"^vision_tower\.": "vision_tower.vision_model."},
     ),
 )

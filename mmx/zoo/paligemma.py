@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -14,7 +14,7 @@ from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, gemma, llama
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Generation, Runner
-from mmx.zoo.llava import place_images, text_fields
+from mmx.zoo.llava import OLDER, place_images, text_fields
 from mmx.zoo.weights import Table, convolution, layers
 
 
@@ -35,6 +35,8 @@ class PaliGemmaVisionConfig:
     vision_use_head: bool = False
     vocab_size: int | None = None  # without effect, as the next one
     projection_dim: int | None = None
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"projector_hidden_act"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ FAMILIES = (
         names={f"paligemma-3b-pt-{size}": _at(size) for size in (224, 448, 896)},
         heads={"captioning": "language_model."},
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
+        older=OLDER,
         generation=Generation(beside={"token_type_ids": 1, "written": 1}),
-        older={r"^vision_tower\.": "vision_tower.vision_model."},
     ),
 )

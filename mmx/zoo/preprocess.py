@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from mmx.zoo.sounds import SoundSteps
 from mmx.zoo.tokenizer import FILES as TEXT_FILES
 from mmx.zoo.tokenizer import Texts, TextSteps, WordSteps, read_texts
 
-SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json")
+IMAGES = "preprocessor_config.json"
+SETTINGS = (IMAGES, "video_preprocessor_config.json")
 WHOLE = "processor_config.json"  # where newer folders have the same, a part for each kind of raw value
 FILES = (*TEXT_FILES, *SETTINGS, WHOLE, "generation_config.json")
 
@@ -25,7 +26,11 @@ class ImageSteps:
 
     Args:
         size: (height, width), or one number: the shorter edge.
+        fit: how an image gets a (height, width): "squash": it is stretched; "cover" or "inside": its ratio is kept, and it
+            covers that size or fits into it.
         crop: (height, width) of the middle that is kept; None: all.
+        fill: colour 0..255 of what is around an image that is smaller than `crop`, one number or one by channel.
+        torchvision: whether the middle is found as torchvision does, and not as transformers, where halves of pixels differ.
         resample: the filter, as Pillow numbers them: 2 bilinear, 3 bicubic.
         scale: factor of pixels 0..255.
         offset: what is taken off scaled pixels.
@@ -40,6 +45,9 @@ class ImageSteps:
     offset: float = 0.0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    fit: str = "squash"
+    fill: float | tuple[float, ...] = 0
+    torchvision: bool = False
 
     def __call__(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Images are Pillow's, or arrays (height, width, channels) uint8."""
@@ -59,25 +67,32 @@ class ImageSteps:
             image = image.resize(self._size(image.size), self.resample)
         pixels = np.asarray(image, np.float32)
         if self.crop is not None:
-            pixels = _middle(pixels, self.crop)
+            pixels = self._middle(pixels, self.crop)
         pixels = pixels * self.scale - self.offset
         return ((pixels - np.asarray(self.mean, "f")) / np.asarray(self.std, "f")).transpose(2, 0, 1)
 
     def _size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) to resize to."""
-        if isinstance(self.size, tuple):
-            return self.size[1], self.size[0]
         width, height = size
+        if isinstance(self.size, tuple):
+            if self.fit == "squash":
+                return self.size[1], self.size[0]
+            ratios = height / self.size[0], width / self.size[1]
+            ratio = min(ratios) if self.fit == "cover" else max(ratios)
+            return round(width / ratio), round(height / ratio)
         edge: Any = self.size
         return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
 
-
-def _middle(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """The middle of an image (H, W, C); black where it is smaller."""
-    lacking = [max(want - have, 0) for want, have in zip(crop, pixels.shape, strict=False)]
-    pixels = np.pad(pixels, [((n + 1) // 2, n // 2) for n in lacking] + [(0, 0)])
-    top, left = ((have - want) // 2 for want, have in zip(crop, pixels.shape, strict=False))
-    return pixels[top : top + crop[0], left : left + crop[1]]
+    def _middle(self, pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+        """The middle of an image (H, W, C); filled up where it is smaller."""
+        lacking = [max(want - have, 0) for want, have in zip(crop, pixels.shape, strict=False)]
+        around = [(n // 2, (n + 1) // 2) if self.torchvision else ((n + 1) // 2, n // 2) for n in lacking]
+        if any(lacking):
+            fill = np.asarray(self.fill, pixels.dtype)
+            pixels = np.pad(pixels - fill, [*around, (0, 0)]) + fill
+        spare = [have - want for want, have in zip(crop, pixels.shape, strict=False)]
+        top, left = (round(n / 2) if self.torchvision else n // 2 for n in spare)
+        return pixels[top : top + crop[0], left : left + crop[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +139,25 @@ def read_images(folder: Path) -> ImageSteps | None:
     )
 
 
+def write_images(steps: ImageSteps) -> dict[str, Any] | None:
+    """The way back of `read_images`; None where the published fields do not tell so much."""
+    if (steps.fit != "squash" and isinstance(steps.size, tuple)) or steps.fill:
+        return None
+    size, crop = (None if s is None else dict(zip(("height", "width"), _pair(s), strict=True)) for s in (steps.size, steps.crop))
+    return {
+        "do_resize": steps.size is not None,
+        "size": {"shortest_edge": steps.size} if isinstance(steps.size, int) else size,
+        "do_center_crop": steps.crop is not None,
+        "crop_size": crop,
+        "resample": steps.resample,
+        "do_rescale": True,
+        "rescale_factor": steps.scale,
+        "do_normalize": True,
+        "image_mean": steps.mean,
+        "image_std": steps.std,
+    }
+
+
 def _pair(size: Any) -> tuple[int, int]:
     if isinstance(size, dict):
         return size["height"], size["width"]
@@ -140,20 +174,24 @@ def read_sounds(folder: Path, kind: type[SoundSteps]) -> SoundSteps | None:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """The steps of one model; each is None where its folder tells nothing of it."""
+    """The steps of one model; each is None where its folder tells nothing of it.
+
+    `names` are those of the inputs that are returned, each with the published one it stands for; None: all, as they are.
+    """
 
     texts: TextSteps | None = None
     words: WordSteps | None = None
     images: ImageSteps | None = None
     videos: VideoSteps | None = None
     audio: SoundSteps | None = None
+    names: Mapping[str, str] | None = None
 
     def __call__(self, **raw: Any) -> dict[str, np.ndarray]:
         """Published inputs of raw values by kind: `texts=[...]`, `images=[...]`, `videos=[...]`, `audio=[...]`.
 
         Of the words of pages and the boxes they stand in: `words=[[...]], boxes=[[...]]`.
         """
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self)} - {"names"}
         beside = (raw.pop("boxes"),) if "boxes" in raw and "words" in raw else ()
         inputs: dict[str, np.ndarray] = {}
         for kind, values in raw.items():
@@ -165,7 +203,7 @@ class Preprocessing:
                     f"Its tokenizer and preprocessor_config.json lie beside config.json"
                 )
             inputs |= steps(values, *beside) if kind == "words" else steps(values)
-        return inputs
+        return inputs if self.names is None else {n: inputs[own] for n, own in self.names.items() if own in inputs}
 
 
 def read(folder: Path, length: int | None, rules: Texts | None, video: bool, sound: type[SoundSteps] | None) -> Preprocessing:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,14 @@ from mmx.zoo.config import parse, to_published
 from mmx.zoo.family import Chosen, Family, Run, as_batch
 from mmx.zoo.preprocess import FILES, Preprocessing
 
+CONFIG = "config.json"
 INSIDE = ("hidden_states", "attentions")  # what the names of fields end with that tell of the inside
+OLDER = {  # of all families
+    r"LayerNorm\.weight$": "LayerNorm.gamma",
+    r"LayerNorm\.bias$": "LayerNorm.beta",
+    r"parametrizations\.weight\.original0$": "weight_g",
+    r"parametrizations\.weight\.original1$": "weight_v",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,26 @@ class Pretrained:
         wanted = tuple(name for name, wants in asked.items() if wants)
         fields = _forward(self.family, self.model, self.config, wanted, flags, self.params, as_batch(arrays))
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
+
+    def under(self, library: str | None) -> "Pretrained":
+        """The same weights under the names of another library, such as "open_clip" or "timm", to be called and saved by.
+
+        None: under those of the family itself.
+        """
+        from mmx.zoo import FAMILIES
+
+        family = FAMILIES[self.family.name]
+        known = {other.name: other for other in family.libraries}
+        if library is not None and library not in known:
+            raise InputError(f"{family.name}: " + unknown("library", library, known))
+        family = family if library is None else family.under(known[library])
+        names = family.library.inputs if family.library else None
+        steps = dataclasses.replace(self.preprocess, names=names or None)  # type: ignore[type-var]
+        files, images = dict(self.files), getattr(steps, "images", None)
+        if family.library is None and images is not None and preprocess.IMAGES not in files:
+            fields = preprocess.write_images(images)
+            files |= {} if fields is None else {preprocess.IMAGES: json.dumps(fields, indent=2).encode()}
+        return dataclasses.replace(self, family=family, preprocess=steps, extra={}, files=files)
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
         """Writes the likeliest next id, `max_new_tokens` times.
@@ -212,33 +240,26 @@ def load_published(
     dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> Pretrained:
-    """`mmx.load_pretrained` of a folder in the published layout: `config.json` and safetensors, sharded index included."""
-    from mmx.zoo import FAMILIES
+    """`mmx.load_pretrained` of a folder in a published layout: `config.json` and safetensors, sharded index included.
 
+    Or in the layout of another library that publishes models of the family, such as `open_clip_config.json` and its file.
+    """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
-    fields = json.loads((folder / "config.json").read_text())
-    name = family or fields.get("model_type")
-    if name not in FAMILIES:
-        if name is None:
-            raise InputError(f"{folder}/config.json has no model_type; name one: family={' or '.join(sorted(FAMILIES))}")
-        raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
-    found = FAMILIES[name]
-    config = parse(found.config, fields, str(folder / "config.json"))
-    tensors = weight_files.Tensors(folder)
+    found, fields, file = _recognise(folder, family)
+    library = found.library
+    config = parse(found.config, library.read(fields) if library else fields, str(file))
+    tensors = weight_files.Tensors(folder, library.titles if library else (weight_files.TITLE,))
     config = config if found.infer is None else found.infer(config, tensors.shapes)
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
     if heads is None:
-        heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
+        begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
+        heads = tuple(head for head, names in begins.items() if any(n.startswith(names) for n in tensors.shapes))
     model = build(found, config, heads, dtype)
     weights, params = _weights(found, config, model)
     names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
     for w in weights:
         name = names.get(w.name, w.name)
-        older = functools.reduce(lambda n, pair: re.sub(*pair, n), found.older.items(), name)
-        if name not in tensors.shapes and older in tensors.shapes:
-            names[w.name] = older
+        names[w.name] = next((n for n in _names(name, found.older) if n in tensors.shapes), name)
     known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
@@ -256,11 +277,48 @@ def as_published(
     params: Params,
 ) -> Pretrained:
     """A model with its weights, the tokenizer and the preprocessing that lie in a folder, and the fields it does not read."""
-    extra = {n: value for n, value in fields.items() if n not in {f.name for f in dataclasses.fields(family.config)}}
+    library = family.library
+    own = set() if library else {f.name for f in dataclasses.fields(family.config)}
+    extra = {n: value for n, value in fields.items() if n not in own}
     files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
     length = family.length(config) if family.length else None
     steps = preprocess.read(folder, length, family.texts, family.video, family.sound)
+    if library:
+        steps = dataclasses.replace(steps, images=library.images(fields) or steps.images, names=library.inputs or None)
     return Pretrained(model, params, config, family, heads, steps, extra, files)
+
+
+def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], Path]:
+    """The family of a folder, under the names of the library that published it, and what the configuration in which file says."""
+    from mmx.zoo import FAMILIES
+
+    file = folder / CONFIG
+    fields = json.loads(file.read_text()) if file.exists() else {}
+    name = name or fields.get("model_type")
+    if name is not None and name not in FAMILIES:
+        raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
+    if fields.get("model_type") is None:
+        for family in FAMILIES.values() if name is None else (FAMILIES[name],):
+            for library in family.libraries:
+                other = folder / library.file
+                if other.exists() and library.holds(said := json.loads(other.read_text())):
+                    return family.under(library), said, other
+    if not file.exists():
+        raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
+    if name is None:
+        raise InputError(
+            f"{file} has no model_type, and is of no model that mmx knows by another library's names; "
+            f"name one: family={' or '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[name], fields, file
+
+
+def _names(name: str, older: Mapping[str, str]) -> list[str]:
+    """What a tensor, or the beginning of its name, is called in files of any age: each change has been made since, or not."""
+    names = [name]
+    for pattern, before in {**older, **OLDER}.items():
+        names += [changed for n in names if (changed := re.sub(pattern, before, n)) != n]
+    return names
 
 
 def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32", shard: int = weight_files.SHARD) -> None:
@@ -274,16 +332,22 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    family = pretrained.family
+    family, library = pretrained.family, pretrained.family.library
     weights, _ = _weights(family, pretrained.config, pretrained.model)
     if not pretrained.heads:  # the bare model, whose names have no prefix
         weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
-    weight_files.write(folder, weights, jax.device_get(pretrained.params), dtype, shard)
+    params = jax.device_get(pretrained.params)
+    whole: dict[str, Any] = {"shard": shard} if library is None else {"shard": math.inf, "title": library.titles[0]}
+    weight_files.write(folder, weights, params, dtype, **whole)
     for name, content in pretrained.files.items():
         with writing(folder / name) as path:
             path.write_bytes(content)
-    with writing(folder / "config.json") as path:
-        path.write_text(json.dumps(pretrained.fields, indent=2, sort_keys=True) + "\n")
+    fields = pretrained.fields
+    if library is not None:
+        images = getattr(pretrained.preprocess, "images", None)
+        fields = library.write(pretrained.config, pretrained.heads, images, pretrained.extra)
+    with writing(folder / (library.file if library else CONFIG)) as path:
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def build(family: Family, config: Any, heads: Sequence[str], dtype: str) -> MultimodalTransformer:

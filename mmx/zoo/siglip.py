@@ -17,10 +17,10 @@ from mmx.modalities import Ids, PackedPatches, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
-from mmx.zoo import clip
+from mmx.zoo import clip, open_clip
 from mmx.zoo.config import Layers, Pixels, activation, only
 from mmx.zoo.family import Family, Runner, channels_last, padded
-from mmx.zoo.weights import Layout, Table, convolution, fused, layers, reshaped
+from mmx.zoo.weights import Table, attention_table, convolution, layers, reshaped
 
 SCALE, BIAS = 10.0, -10.0  # first values (arXiv 2303.15343, 3.2)
 
@@ -116,15 +116,6 @@ def _build(c: SiglipConfig | Siglip2Config, heads: Sequence[str], dtype: str) ->
     )
 
 
-def attention_table(published: str, ours: str) -> Table:
-    """The weights of torch's MultiheadAttention, whose queries, keys and values lie in one matrix."""
-    return {
-        f"{published}.in_proj_weight": Layout(tuple(f"{ours}/{n}/kernel" for n in ("query", "key", "value"))),
-        f"{published}.in_proj_bias": fused(*(f"{ours}/{n}/bias" for n in ("query", "key", "value"))),
-        f"{published}.out_proj": f"{ours}/out",
-    }
-
-
 def _table(c: SiglipConfig | Siglip2Config) -> Table:
     image = c.vision_config
     patch: Any = "modalities_image/patch"
@@ -172,6 +163,7 @@ def _forward(run: Runner, c: SiglipConfig | Siglip2Config, inputs: Mapping[str, 
     r = run(batch)
     image, text = r.out.embeddings.get("image"), r.out.embeddings.get("text")
     fields = {"image_embeds": image, "text_embeds": text, **clip.tower_fields(r)}
+    fields |= {"logit_scale": r.out.logit_scale, "logit_bias": r.out.logit_bias}
     if image is not None and text is not None:
         scale: Any = r.out.logit_scale
         bias: Any = r.out.logit_bias
@@ -226,7 +218,16 @@ def _names() -> dict[str, dict[str, Any]]:
 
 
 FAMILIES = (
-    Family("siglip", SiglipConfig, _build, _table, _forward, names=_names(), known=(r"position_ids$",)),
+    Family(
+        "siglip",
+        SiglipConfig,
+        _build,
+        _table,
+        _forward,
+        names=_names() | open_clip.siglip_names(),
+        known=(r"position_ids$",),
+        libraries=(open_clip.SIGLIP,),
+    ),
     Family(
         "siglip2",
         Siglip2Config,

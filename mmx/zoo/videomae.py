@@ -9,9 +9,9 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import Layers, Pixels, activation
-from mmx.zoo.family import Family, Runner, channels_last
+from mmx.zoo.family import Family, Runner, channels_last, pair
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import block, class_loss, pair
+from mmx.zoo.vit import RENAMED, block, class_loss
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
@@ -182,6 +182,7 @@ FAMILIES = (
         heads={"classification": "classifier"},
         prefix="videomae",
         video=True,
+        older={r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"},
         known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$"),
     ),
     Family(
@@ -197,5 +198,6 @@ FAMILIES = (
         heads={"classification": "classifier"},
         prefix="vivit",
         video=True,
+        older=RENAMED,
     ),
 )

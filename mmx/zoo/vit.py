@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmx.heads import Classifier, Pooler
+from mmx.heads import Classifier, Pooler, TokenClassifier
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
+from mmx.zoo import timm
 from mmx.zoo.bert import token_loss
 from mmx.zoo.config import Pixels, activation
-from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.weights import Table, convolution, layers, reshaped
+from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
 LAYER: Table = {
     "attention.attention.query": "self/query",
@@ -25,6 +26,14 @@ LAYER: Table = {
     "intermediate.dense": "mlp/up",
     "output.dense": "mlp/down",
     "layernorm_after": "mlp_norm",
+}
+
+RENAMED = {  # what files that keep the names of transformers 5 have in place of LAYER's
+    r"encoder\.layer\.": "layers.",
+    r"attention\.attention\.(q|k|v)[a-z]+\.": r"attention.\1_proj.",
+    r"attention\.output\.dense": "attention.o_proj",
+    r"intermediate\.dense": "mlp.fc1",
+    r"(?<!attention\.)output\.dense": "mlp.fc2",
 }
 
 
@@ -38,11 +47,12 @@ class ViTConfig(Pixels):
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
     num_labels: int = 2
+    add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
-def pair(size: int | tuple) -> tuple[int, int]:
-    """(height, width) of a published size, which is a number for a square."""
-    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+@dataclasses.dataclass(frozen=True)
+class DeiTConfig(ViTConfig):
+    """The published fields of DeiT with a distillation token; without one it is published as ViT."""
 
 
 def attention_bias(qkv: bool) -> tuple[str, ...] | None:
@@ -75,44 +85,54 @@ def image_embedder(c: Any, special: tuple[str, ...]) -> Patches:
     )
 
 
-def _build(special: tuple[str, ...]) -> Any:
-    def build(c: ViTConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-        pooler = Pooler("first", size=c.pooler_output_size or c.hidden_size, activation=activation(c.pooler_act, "pooler_act"))
-        classifies = "classification" in heads
-        return build_model(
-            {"image": image_embedder(c, special)},
-            (PerStream(c.num_hidden_layers),),
-            width=c.hidden_size,
-            embed=0,
-            poolers={"image": Pooler("first") if classifies else pooler},
-            outputs={"classification": Classifier(c.num_labels, "image", transform=False)} if classifies else {},
-            dtype=dtype,
-            **block(c),
-        )
-
-    return build
+def _special(c: ViTConfig) -> tuple[str, ...]:
+    return ("class", "distillation") if isinstance(c, DeiTConfig) else ("class",)
 
 
-def _table(published: str, special: tuple[str, ...]) -> Any:
+def _build(c: ViTConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
+    pooler = Pooler("first", size=c.pooler_output_size or c.hidden_size, activation=activation(c.pooler_act, "pooler_act"))
+    outputs = {
+        "classification": Classifier(c.num_labels, "image", transform=False),
+        "teacher": TokenClassifier({"cls": c.num_labels, "distillation": c.num_labels}, "image", transform=False, special=True),
+    }
+    return build_model(
+        {"image": image_embedder(c, _special(c))},
+        (PerStream(c.num_hidden_layers),),
+        width=c.hidden_size,
+        embed=0,
+        poolers={"image": Pooler("first") if heads or not c.add_pooling_layer else pooler},
+        outputs={name: outputs[name] for name in heads},
+        dtype=dtype,
+        **block(c),
+    )
+
+
+def _table(published: str) -> Any:
     def table(c: ViTConfig) -> Table:
         height, width = (s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
-        places = height * width + len(special)
+        places = height * width + len(_special(c))
+        embeddings = f"{published}.embeddings"
+        names = {"class": "cls_token", "distillation": "distillation_token"}
+        tokens = {names[n]: row("modalities_image/special", i, 1, 1, c.hidden_size) for i, n in enumerate(_special(c))}
         return {
-            f"{published}.embeddings.position_embeddings": reshaped("modalities_image/position", 1, places, c.hidden_size),
-            f"{published}.embeddings.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
-            **special_table(published + ".embeddings", special, c.hidden_size),
+            f"{embeddings}.position_embeddings": reshaped("modalities_image/position", 1, places, c.hidden_size),
+            f"{embeddings}.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
+            **{f"{embeddings}.{name}": token for name, token in tokens.items()},
             **layers(published + ".encoder.layer.{}", "stages_0/image/layers/block", LAYER),
             f"{published}.layernorm": "stages_0/image/norm",
             f"{published}.pooler.dense": "poolers_image/transform",
             "classifier": "heads_classification/classifier",
+            "cls_classifier": "heads_teacher/classifier_cls",
+            "distillation_classifier": "heads_teacher/classifier_distillation",
         }
 
     return table
 
 
-def special_table(published: str, special: tuple[str, ...], width: int) -> Table:
-    """The class token, (1, 1, D)."""
-    return {f"{published}.cls_token": reshaped("modalities_image/special", 1, 1, width)} if special == ("class",) else {}
+def _infer(c: ViTConfig, shapes: Mapping[str, Any]) -> ViTConfig:
+    """The bare class may have been made without its pooler, which only the weights tell."""
+    pooled = any(name.endswith(("pooler.dense.weight", "classifier.weight")) for name in shapes)
+    return c if pooled else dataclasses.replace(c, add_pooling_layer=False)
 
 
 def class_loss(logits: Any, labels: Any) -> Any:
@@ -124,12 +144,16 @@ def class_loss(logits: Any, labels: Any) -> Any:
 
 def _forward(run: Runner, c: ViTConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = run({"image": channels_last(inputs["pixel_values"])})
-    logits = r.out.logits.get("classification")
+    logits, taught, more = r.out.logits.get("classification"), r.out.logits.get("teacher"), {}
+    if taught is not None:
+        more = {"cls_logits": taught["cls"][:, 0], "distillation_logits": taught["distillation"][:, 1]}
+        logits = (more["cls_logits"] + more["distillation_logits"]) / 2
     return {
         "loss": class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
         "logits": logits,
+        **more,
         "last_hidden_state": r.out.streams["image"].values,
-        "pooler_output": r.out.pooled["image"] if logits is None else None,
+        "pooler_output": r.out.pooled["image"] if logits is None and c.add_pooling_layer else None,
         "hidden_states": tuple(r.states("stages_0", "image")),
     }
 
@@ -145,12 +169,15 @@ def _sized(layers: int, width: int, heads: int, patch: int, **more: Any) -> dict
     }
 
 
+_TINY, _SMALL = _sized(12, 192, 3, 16), _sized(12, 384, 6, 16)
+_NAMES = {"tiny": "16_224 16_384", "small": "8_224 16_224 16_384 32_224 32_384", "base": "8_224 16_224 16_384 32_224 32_384"}
+_NAMES |= {"large": "14_224 16_224 16_384 32_224 32_384", "huge": "14_224", "giant": "14_224", "gigantic": "14_224"}
 FAMILIES = (
     Family(
         "vit",
         ViTConfig,
-        _build(("class",)),
-        _table("vit", ("class",)),
+        _build,
+        _table("vit"),
         _forward,
         names={
             "vit-base-patch16-224": {},
@@ -162,9 +189,38 @@ FAMILIES = (
             "vit-large-patch16-384": _sized(24, 1024, 16, 16, image_size=384),
             "vit-large-patch32-384": _sized(24, 1024, 16, 32, image_size=384),
             "vit-huge-patch14-224-in21k": _sized(32, 1280, 16, 14),
+            "deit-tiny-patch16-224": _TINY,
+            "deit-small-patch16-224": _SMALL,
+            "deit-base-patch16-224": {},
+            "deit-base-patch16-384": {"image_size": 384},
+            **timm.names(timm.vit_fields, "vit_{}", _NAMES),
+            **timm.names(timm.vit_fields, "deit_{}", {"tiny": "16_224", "small": "16_224", "base": "16_224 16_384"}),
         },
         heads={"classification": "classifier"},
         prefix="vit",
         known=(r"mask_token$",),
+        infer=_infer,
+        older=RENAMED,
+        libraries=(timm.VIT,),
+    ),
+    Family(
+        "deit",
+        DeiTConfig,
+        _build,
+        _table("deit"),
+        _forward,
+        names={
+            "deit-tiny-distilled-patch16-224": _TINY,
+            "deit-small-distilled-patch16-224": _SMALL,
+            "deit-base-distilled-patch16-224": {},
+            "deit-base-distilled-patch16-384": {"image_size": 384},
+            **timm.names(timm.vit_fields, "deit_{}_distilled", {"tiny": "16_224", "small": "16_224", "base": "16_224 16_384"}),
+        },
+        heads={"classification": "classifier", "teacher": "cls_classifier"},
+        prefix="deit",
+        known=(r"mask_token$", r"^distillation_classifier\."),
+        infer=_infer,
+        older=RENAMED,
+        libraries=(timm.DEIT,),
     ),
 )

@@ -15,8 +15,8 @@ from mmx.modalities.patches import cut
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import Pixels
-from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.vit import LAYER, block, image_embedder, pair
+from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.vit import LAYER, RENAMED, block, image_embedder
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
@@ -116,6 +116,6 @@ FAMILIES = (
         },
         heads={"reconstruction": "decoder."},
         prefix="vit",
-        older={r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers."},
+        older={**RENAMED, r"^decoder\.decoder_encoder\.layer\.": "decoder.decoder_layers."},
     ),
 )

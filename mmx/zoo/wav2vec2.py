@@ -175,7 +175,6 @@ FAMILIES = (
             "wav2vec2-xls-r-300m": _STABLE,
         },
         prefix="wav2vec2",
-        older={r"parametrizations\.weight\.original0$": "weight_g", r"parametrizations\.weight\.original1$": "weight_v"},
         # What only pretraining or recognition reads.
         known=(r"masked_spec_embed$", r"^(quantizer|project_hid|project_q|lm_head)\."),
         sound=WaveSteps,

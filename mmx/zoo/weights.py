@@ -29,6 +29,7 @@ from mmx.parallel.sharding import logical_axes
 
 SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 LAYER = re.compile(r"\{(?:(\d+)\+(\d+))?\}")  # {} every layer; {6+1} from the seventh on; {0+2} every second one
+TITLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = 5 * 2**30  # bytes of a file that is written
 
@@ -94,6 +95,15 @@ def layers(published: str, ours: str, table: Table) -> Table:
         return dataclasses.replace(target, paths=tuple(f"{ours}/{path}" for path in target.paths))
 
     return {f"{published}.{name}": put(target) for name, target in table.items()}
+
+
+def attention_table(published: str, ours: str) -> Table:
+    """The weights of torch's MultiheadAttention, whose queries, keys and values lie in one matrix."""
+    return {
+        f"{published}.in_proj_weight": Layout(tuple(f"{ours}/{n}/kernel" for n in ("query", "key", "value"))),
+        f"{published}.in_proj_bias": fused(*(f"{ours}/{n}/bias" for n in ("query", "key", "value"))),
+        f"{published}.out_proj": f"{ours}/out",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,18 +207,25 @@ def _weights(name: str, leaves: Sequence[str], layout: Layout, shapes: Mapping[s
 
 
 class Tensors:
-    """The tensors of a folder by their names, of one safetensors file or of several with an index; read when asked for."""
+    """The tensors of a folder by their names, of one safetensors file or of several with an index; read when asked for.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: where they lie.
+        titles: of the file, by preference.
+    """
+
+    def __init__(self, folder: Path, titles: Sequence[str] = (TITLE,)):
         self.folder = folder
-        files = [folder / "model.safetensors"] if (folder / "model.safetensors").exists() else []
-        if (folder / INDEX).exists():
+        files = [folder / title for title in titles if (folder / title).exists()][:1]
+        if (folder / INDEX).exists() and TITLE in titles:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
             if absent := [name for name in names if not (folder / name).exists()]:
                 raise InputError(f"{folder}: {INDEX} names {', '.join(absent)}, which is not there; fetch every part")
             files = [folder / name for name in names]
         if not files:
-            raise InputError(f"{folder}: no model.safetensors and no {INDEX}; expected published weights beside config.json")
+            raise InputError(
+                f"{folder}: no {' or '.join(titles)} and no {INDEX}; expected published weights beside the configuration"
+            )
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
@@ -276,8 +293,10 @@ def read(weights: Sequence[Weight], params: Any, tensors: Tensors, names: Mappin
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def write(folder: Path, weights: Sequence[Weight], params: Any, dtype: str = "float32", shard: int = SHARD) -> None:
-    """Writes our parameters in the published layout: `model.safetensors`, or several files and their index."""
+def write(
+    folder: Path, weights: Sequence[Weight], params: Any, dtype: str = "float32", shard: float = SHARD, title: str = TITLE
+) -> None:
+    """Writes our parameters in the published layout: one file, or several `model-...` of `shard` bytes and their index."""
     leaves = flat(params)
     parts: dict[str, list[tuple[Weight, np.ndarray]]] = {}
     for weight in weights:
@@ -295,7 +314,7 @@ def write(folder: Path, weights: Sequence[Weight], params: Any, dtype: str = "fl
         if files[-1] and sum(a.nbytes for a in files[-1].values()) + array.nbytes > shard:
             files.append({})
         files[-1][name] = array
-    titles = ["model.safetensors"]
+    titles = [title]
     if len(files) > 1:
         titles = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     for title, content in zip(titles, files, strict=True):
