@@ -15,6 +15,7 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS, AttentionPool, BlockConfig, Stack, make_norm
+from mmx.layers.products import Dense
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
@@ -39,7 +40,7 @@ def stream_of(streams: Streams, modality: str) -> str | None:
 def transform(x: jax.Array, size: int | None, activation: str | None, norm: float | None, dtype: Any) -> jax.Array:
     """What stands before the last matrix of a head, called in its compact method: dense layer, activation, LayerNorm."""
     if size is not None:
-        x = nn.Dense(size, dtype=dtype, name="transform")(x)
+        x = Dense(size, dtype=dtype, name="transform")(x)
         x = x if activation is None else ACTIVATIONS[activation](x)
     return x if norm is None else make_norm("layer", norm, dtype, "norm")(x)
 
@@ -58,7 +59,7 @@ class Projection(nn.Module):
     def __call__(self, pooled: jax.Array) -> jax.Array:
         x = pooled
         if self.size is not None:
-            x = nn.Dense(self.size, use_bias=self.bias, dtype=self.dtype, name="projection")(x)
+            x = Dense(self.size, use_bias=self.bias, dtype=self.dtype, name="projection")(x)
         x = x.astype(jnp.float32)
         self.sow("intermediates", "features", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
@@ -90,7 +91,7 @@ class Pooler(nn.Module):
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
         if self.size is not None:
-            x = nn.Dense(self.size, dtype=self.dtype, name="transform")(x)
+            x = Dense(self.size, dtype=self.dtype, name="transform")(x)
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
     def _choose(self, tokens: Tokens, raw: Any) -> jax.Array:
@@ -151,7 +152,7 @@ class Classifier(nn.Module):
             return None
         x = self._fused(streams, pooled) if self.stream is None else pooled[self.stream]
         x = transform(x, (self.size or x.shape[-1]) if self.transform else None, self.activation, self.norm, self.dtype)
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        return Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
     def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
         if self.fuse not in FUSES:
@@ -191,7 +192,7 @@ class TokenClassifier(nn.Module):
         x = transform(x, x.shape[-1] if self.transform else None, self.activation, self.norm, self.dtype)
 
         def answer(classes: int, end: str = "") -> jax.Array:
-            return nn.Dense(classes, dtype=self.dtype, name="classifier" + end)(x).astype(jnp.float32)
+            return Dense(classes, dtype=self.dtype, name="classifier" + end)(x).astype(jnp.float32)
 
         several = self.classes
         return {n: answer(c, f"_{n}") for n, c in several.items()} if isinstance(several, Mapping) else answer(several)
@@ -223,7 +224,7 @@ class Reconstruction(nn.Module):
             return None
         tokens, grid = streams[self.modality], modalities[self.modality].grid  # type: ignore[attr-defined]
         block, count, length = dataclasses.replace(self.block, dtype=self.dtype), len(tokens.special), math.prod(grid)
-        x = nn.Dense(block.width, dtype=self.dtype, name="project")(tokens.values)
+        x = Dense(block.width, dtype=self.dtype, name="project")(tokens.values)
         x, special = x[:, count:], x[:, :count]
         strides = np.append(np.cumprod(grid[:0:-1])[::-1], 1)
         where = np.arange(x.shape[1]) if tokens.coordinates is None else tokens.coordinates[..., count:, :] @ strides
@@ -232,7 +233,7 @@ class Reconstruction(nn.Module):
         full = jnp.broadcast_to(token, (len(x), length, block.width)).at[jnp.arange(len(x))[:, None], where].set(x)
         position = self.param("position", INITIAL, (count + length, block.width)).astype(x.dtype)
         x = Stack(self.depth, block, name="stack")(jnp.concatenate([special, full], 1) + position)[:, count:]
-        return nn.Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
+        return Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
 
 
 class TokenScores(nn.Module):
@@ -257,7 +258,7 @@ class TokenScores(nn.Module):
         if not read:
             return None
         x = jnp.concatenate(read, 1)
-        return nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        return Dense(self.classes, use_bias=self.bias, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
 
 class TiedDecoder(nn.Module):
@@ -303,7 +304,7 @@ class TiedDecoder(nn.Module):
         x = transform(x, ids.width if self.transform else None, self.activation, self.norm, self.dtype)
         x = x if self.scale == 1 else x * self.scale
         if self.own:
-            logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
+            logits = Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
         else:
             logits = ids.decode(x)
         return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits

@@ -21,6 +21,7 @@ from mmx.errors import InputError, at_least, unknown
 from mmx.layers.attention import PROJECTIONS, Attention, Line, Sight, each_part
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
+from mmx.layers.products import Dense
 from mmx.parallel import constrain
 
 DTYPES = ("float32", "bfloat16")
@@ -255,7 +256,7 @@ class Block(nn.Module):
         if kind == "time":
             own, here = own.swapaxes(1, 2), here.swapaxes(1, 2)
             y = attention(own.reshape(-1, frames, width), Sight(None if sight.mask is None else here.reshape(-1, frames)))
-            y = nn.Dense(width, use_bias=self.config.bias, dtype=self.config.dtype, name=f"{name}_project")(y)
+            y = Dense(width, use_bias=self.config.bias, dtype=self.config.dtype, name=f"{name}_project")(y)
             y = y.reshape(size, -1, frames, width).swapaxes(1, 2).reshape(size, -1, width)
             return jnp.concatenate([jnp.zeros_like(special), y], 1)
         there = here.any(-1)  # (B, T)

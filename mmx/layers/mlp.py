@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.layers.products import Dense
 from mmx.parallel import constrain
 
 ACTIVATIONS = {
@@ -30,9 +31,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
+        h = Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
         h = ACTIVATIONS[self.activation](h)
         if self.gated:
-            h = h * nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
+            h = h * Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
         h = constrain(h, "batch", "length", "mlp")
-        return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)
+        return Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)

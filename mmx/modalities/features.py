@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import BESIDE, INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -60,7 +61,7 @@ class Features(Embedder):
             x = x + jnp.where(here[..., None] == 1, table(here), 0)  # row 0, which is published too, is not read
         x = hide(x, mask)
         if self.linear:
-            x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
+            x = Dense(self.width or 0, dtype=self.dtype, name="linear")(x)
         elif self.size != self.width:
             raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")
         if self.aligned is not None and "aligned" in fields:

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 
 from mmx.layers import make_norm
+from mmx.layers.products import Dense
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import SHARED
@@ -45,7 +46,7 @@ class Adapt(Stage):
             if self.width is not None:
                 project = modules.setdefault("project", {})
                 if owner not in project:
-                    project[owner] = nn.Dense(self.width, dtype=x.dtype, name=f"{owner}_project")
+                    project[owner] = Dense(self.width, dtype=x.dtype, name=f"{owner}_project")
                 x = project[owner](x)
             if self.type:
                 x = x + self.param(f"{name}_type_bias", nn.initializers.normal(0.02), (x.shape[-1],)).astype(x.dtype)

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers import BlockConfig, Line, Sight, make_norm, visibility
+from mmx.layers.products import Dense
 from mmx.types import Streams, Tokens
 
 AXES = 3  # time, row, column
@@ -62,7 +63,7 @@ def fit(tokens: Tokens, width: int, name: str) -> Tokens:
     """Projects the tokens of stream `name` to `width` where they have another one."""
     if tokens.values.shape[-1] == width:
         return tokens
-    project = nn.Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
+    project = Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
     return dataclasses.replace(tokens, values=project(tokens.values))
 
 

@@ -59,9 +59,16 @@ class Pretrained:
         Raises:
             InputError: an input this family does not have.
         """
-        flags, arrays = _split(inputs)
-        fields = _forward(self.family, self.model, self.config, output_hidden_states, flags, self.params, as_batch(arrays))
+        fields = self.apply(self.params, output_hidden_states, **inputs)
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
+
+    def apply(self, params: Params, output_hidden_states: bool = False, **inputs: Any) -> dict[str, Any]:
+        """A call with other parameters, which may stand in `jax.grad` and `jax.jit`: `pretrained.apply(params, ...)["loss"]`.
+
+        A field whose length hangs on the values of the inputs stays a `Chosen`.
+        """
+        flags, arrays = _split(inputs)
+        return _forward(self.family, self.model, self.config, output_hidden_states, flags, params, as_batch(arrays))
 
     def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
         """Writes the likeliest next id, `max_new_tokens` times.
@@ -101,8 +108,13 @@ def _split(inputs: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]]:
 def _arrays(value: Any) -> Any:
     """An input as an array; a mapping of inputs, and of tuples of inputs (LXMERT's labels), as one of arrays."""
     if isinstance(value, Mapping):
-        return {name: tuple(map(np.asarray, v)) if isinstance(v, tuple) else _arrays(v) for name, v in value.items()}
-    return jax.tree.map(np.asarray, value) if isinstance(value, Masked) else np.asarray(value)
+        return {name: tuple(map(_array, v)) if isinstance(v, tuple) else _arrays(v) for name, v in value.items()}
+    return jax.tree.map(_array, value) if isinstance(value, Masked) else _array(value)
+
+
+def _array(value: Any) -> Any:
+    """What is on a device, or stands for it in a program, stays there."""
+    return value if isinstance(value, jax.Array) else np.asarray(value)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
