@@ -34,6 +34,7 @@ from mmx.zoo import build, configuration, save_pretrained
 from mmx.zoo.pretrained import Pretrained, abstract_params
 
 ADAMW = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+DEPTH = 12  # no model has more layers: mmx without a scan over them, as on the other sides
 CLOSE = {"float32": 1e-4, "bfloat16": 3e-2}  # how far losses may be apart, relatively
 
 
@@ -304,7 +305,7 @@ def compare(key: str, train: bool, dtype: str, torch: Torch | None, args: argpar
     weights = folder / key
     if not weights.exists():
         random_model(case, case.heads, weights)
-    ours = mmx.load_pretrained(weights, heads=heads, dtype=dtype)
+    ours = mmx.load_pretrained(weights, heads=heads, dtype=dtype, unroll=DEPTH)
     batch = case.inputs(np.random.default_rng(1), args.batch or case.batch)
     batch = batch if train else {name: x for name, x in batch.items() if name not in case.labels}
     np.savez(folder / "batch.npz", **batch)

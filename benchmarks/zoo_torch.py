@@ -88,7 +88,7 @@ def fastest(job: dict) -> tuple[Job, dict]:
             trial = {**setting, name: value}
             try:
                 now = seconds[json.dumps(trial)] = measure(trial)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # whatever a compiler says: this setting is none
                 print(f"{trial}: {error}", file=sys.stderr)
                 continue
             if now < best:

@@ -33,6 +33,8 @@ def load_pretrained(
     heads: Sequence[str] | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    remat: str | None = None,
+    unroll: int | None = None,
 ) -> Pretrained:
     """Loads weights: a folder in a published layout, a run folder of mmx, or one of its checkpoints. No torch, no network.
 
@@ -42,6 +44,8 @@ def load_pretrained(
         heads: which published heads; None: those the weights have.
         dtype: type of the computation; a run has its own.
         mesh: devices to load onto; each gets its part of every parameter.
+        remat: of a published model's blocks, `mmx.layers.BlockConfig`: what a backward pass computes again.
+        unroll: likewise: layers per iteration of a scan; as many as there are: none, for speed on a CPU.
 
     Returns:
         What is called with published input names; a run's model with its modalities' names.
@@ -57,7 +61,7 @@ def load_pretrained(
     if kind == "run":
         experiment, model, params, tokenizer = load_run(folder, mesh or make_mesh(MeshConfig()))
         return _own(experiment, model, params, tokenizer)
-    return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh)
+    return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh, remat=remat, unroll=unroll)
 
 
 def _kind(folder: Path) -> str | None:

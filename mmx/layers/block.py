@@ -98,7 +98,8 @@ class BlockConfig:
     remat: str = "none"
     """What the backward pass computes again: none, full (everything), dots (all but matrix products)."""
     unroll: int = 1
-    """Layers per iteration of the scan over layers. The layout of parameters does not depend on it."""
+    """Layers per iteration of the scan over layers; as many as there are, or more: no scan, which is faster on a CPU and slower
+    to compile. The layout of parameters does not depend on it."""
 
     def __post_init__(self) -> None:
         choices = {"activation": ACTIVATIONS, "norm_kind": NORMS, "remat": REMAT, "norm": ("pre", "post"), "dtype": DTYPES}

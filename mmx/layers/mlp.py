@@ -32,7 +32,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
-        h = ACTIVATIONS[self.activation](h)
+        # The backward pass takes the activation again: cheaper than to keep all that it went through, in a scan over layers.
+        h = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)(h)
         if self.gated:
             h = h * Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
         h = constrain(h, "batch", "length", "mlp")

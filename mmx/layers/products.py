@@ -12,15 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 
 def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum(formula, x, y)` in float32, of two operands each of whose indices is in the other one or in the result."""
-    if _leaves_float32(x):
-        left, right, result = formula.replace("->", ",").split(",")
-        if not {*left} & {*right} & {*result}:
-            return _product(formula, str(y.dtype), x, y)
-        x, y = (a.astype(jnp.float32) for a in (x, y))  # of many small products not every form has its kernel
+    left, right, result = formula.replace("->", ",").split(",")
+    if _leaves_float32(x) and not {*left} & {*right} & {*result}:  # of a batch of products not every form has its kernel
+        return _product(formula, str(y.dtype), x, y)
     return jnp.einsum(formula, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -62,7 +61,7 @@ def _dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **more
 
 def _promote(x: jax.Array, *parameters: Any, dtype: Any = None, **more: Any) -> Any:
     """What Linen's dense layers call first; a product that leaves float32 takes parameters as they are stored."""
-    x, *promoted = nn.dtypes.promote_dtype(x, *parameters, dtype=dtype, **more)
+    x, *promoted = promote_dtype(x, *parameters, dtype=dtype, **more)
     return [x, *(parameters if _leaves_float32(x) else promoted)]
 
 

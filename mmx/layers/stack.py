@@ -1,6 +1,7 @@
 """A stack of equal layers: scanned, so that compile time does not grow with depth, and rematerialised on request."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,14 +22,15 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., nn.Module]:
+def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., Any]:
     """Returns `layer` repeated `depth` times: parameters get a leading axis `layers`, inputs other than the first are shared.
 
     The layer is called as `layer(carry, rate, *shared) -> (carry, None)`; `rate` is its drop-path rate, a scalar.
     """
+    one_by_one = config.unroll >= depth
     if config.remat != "none":
-        layer = nn.remat(layer, prevent_cse=False, policy=POLICIES[config.remat])
-    return nn.scan(
+        layer = nn.remat(layer, prevent_cse=one_by_one, policy=POLICIES[config.remat])
+    scanned = nn.scan(
         layer,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
@@ -36,6 +38,30 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
         length=depth,
         unroll=config.unroll,
     )
+    return functools.partial(_one_by_one, layer, scanned, depth) if one_by_one else scanned
+
+
+def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *fields: Any, name: str) -> Callable[..., Any]:
+    """Layers that are applied without a scan, which would put what the backward pass needs of each of them into one array."""
+    module, single = scanned(*fields, name=name), layer(*fields, parent=None)
+
+    def run(carry: Any, rates: Any, shared: Any) -> tuple[Any, Any]:
+        if module.is_initializing():
+            return module(carry, rates, shared)
+        keys = jax.tree.map(lambda key: jax.random.split(key, depth), dict(module.scope.rngs))  # type: ignore[union-attr]
+        stacked, left = (module.variables["params"], rates, keys), []
+        for i in range(depth):
+            params, rate, rngs = jax.tree.map(lambda x, i=i: x[i], stacked)
+            out, state = single.apply({"params": params}, carry, rate, shared, rngs=rngs, mutable=["intermediates"])
+            carry = out[0]
+            left.append((out[1], state.get("intermediates", {})))
+        states, intermediates = jax.tree.map(lambda *each: jnp.stack(each), *left)
+        if module.is_mutable_collection("intermediates"):
+            for key, value in intermediates.items():
+                module.put_variable("intermediates", key, value)
+        return carry, states
+
+    return run
 
 
 def sow_states(layer: nn.Module, states: Any, name: str = "states") -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mmx.errors import InputError, unknown, writing
 from mmx.model import MultimodalTransformer, example_batch
 from mmx.parallel import shardings
+from mmx.topologies.stage import change_block
 from mmx.types import Batch, Masked, Params
 from mmx.zoo import preprocess
 from mmx.zoo import weights as weight_files
@@ -205,6 +206,8 @@ def load_published(
     heads: Sequence[str] | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    remat: str | None = None,
+    unroll: int | None = None,
 ) -> Pretrained:
     """`mmx.load_pretrained` of a folder in the published layout: `config.json` and safetensors, sharded index included."""
     from mmx.zoo import FAMILIES
@@ -225,7 +228,7 @@ def load_published(
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
     if heads is None:
         heads = tuple(h for h, beginning in found.heads.items() if any(n.startswith(beginning) for n in tensors.shapes))
-    model = build(found, config, heads, dtype)
+    model = build(found, config, heads, dtype, remat=remat, unroll=unroll)
     weights, params = _weights(found, config, model)
     names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
     for w in weights:
@@ -267,12 +270,13 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def build(family: Family, config: Any, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    """The model of a configuration, with the published heads that are named."""
+def build(family: Family, config: Any, heads: Sequence[str], dtype: str, **run: Any) -> MultimodalTransformer:
+    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None."""
     for head in heads:
         if head not in family.heads:
             raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
-    return family.build(config, tuple(heads), dtype)
+    model, fields = family.build(config, tuple(heads), dtype), {name: value for name, value in run.items() if value is not None}
+    return model.clone(stages=tuple(change_block(stage, **fields) for stage in model.stages)) if fields else model
 
 
 def abstract_params(model: MultimodalTransformer) -> Any:
