@@ -3,8 +3,8 @@
     python benchmarks/zoo.py --torch-python /path/to/python                   all of it; without the option, Flax only
     python benchmarks/zoo.py --torch-python ... --only clip step float32      a part: words of what is to be measured
 
-A step is forward, backward, and the update by AdamW: in mmx its own train step, with its gradient norm and its guard against
-what is not finite. All sides begin with the same weights and see the same batch; their losses are compared first. Each side
+A step is forward, backward, and the update by AdamW: in mmx its own train step, with its guard against what is not finite;
+in mmx and in plain Flax with the norm of the gradient. All sides begin with the same weights and see the same batch; their losses are compared first. Each side
 runs a few times, then the next one, and again. torch lives in a process of its own (zoo_torch.py), in the fastest of its
 settings, which is looked for first: attention, memory format, compilation; in bfloat16, autocast or all of it.
 """
@@ -199,11 +199,12 @@ def plain_side(ours: Pretrained, batch: Mapping[str, Any], train: bool, dtype: s
     def step(params: Any, moments: Any, batch: Any) -> Any:
         value, gradient = jax.value_and_grad(loss)(params, batch)
         updates, moments = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), moments, value
+        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))  # which big_vision's step measures too
+        return optax.apply_updates(params, updates), moments, (value, norm)
 
     def run() -> jax.Array:
         nonlocal params, moments
-        params, moments, value = step(params, moments, batch)
+        params, moments, (value, _) = step(params, moments, batch)
         return value
 
     return run
