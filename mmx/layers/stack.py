@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -49,9 +49,9 @@ def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *f
         if module.is_initializing():
             return module(carry, rates, shared)
         keys = jax.tree.map(lambda key: jax.random.split(key, depth), dict(module.scope.rngs))  # type: ignore[union-attr]
-        stacked, left = (module.variables["params"], rates, keys), []
+        stacked, left = [module.variables["params"], rates, keys], []
         for i in range(depth):
-            params, rate, rngs = jax.tree.map(lambda x, i=i: x[i], stacked)
+            params, rate, rngs = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=lambda x: isinstance(x, tuple))
             out, state = single.apply({"params": params}, carry, rate, shared, rngs=rngs, mutable=["intermediates"])
             carry = out[0]
             left.append((out[1], state.get("intermediates", {})))
@@ -62,6 +62,16 @@ def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *f
         return carry, states
 
     return run
+
+
+def by_layer(params: Any, inside: bool = False) -> Any:
+    """Parameters whose stacked arrays are tuples of one array for each layer: for a model with `unroll` as large as its depth.
+
+    A CPU then reads them where they lie; what is cut out of one array, it copies first.
+    """
+    if isinstance(params, Mapping):
+        return {name: by_layer(value, inside or name == "layers") for name, value in params.items()}
+    return tuple(params) if inside else params
 
 
 def sow_states(layer: nn.Module, states: Any, name: str = "states") -> None:
