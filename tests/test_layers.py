@@ -11,6 +11,7 @@ from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
 from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Line, Sight, Stack, attend, make_norm, visibility
 from mmx.layers.products import DenseGeneral
+from mmx.layers.stack import by_layer
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -400,3 +401,12 @@ def test_time_and_space_are_attention_along_each(rng):
         np.testing.assert_allclose(a[mask], b[mask], atol=1e-4)
         with pytest.raises(InputError, match="lies on a grid"):
             block.init(jax.random.key(0), x)
+
+
+def test_layers_may_have_an_array_each(rng):
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    stack = Stack(3, dataclasses.replace(SMALL, unroll=3))
+    params = stack.init(jax.random.key(0), x)["params"]
+    each = by_layer(params)
+    assert len(each["layers"]["block"]["mlp"]["up"]["kernel"]) == 3 and each["norm"]["scale"].shape == (8,)
+    np.testing.assert_array_equal(stack.apply({"params": each}, x), stack.apply({"params": params}, x))
