@@ -15,6 +15,8 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS, MLP, AttentionPool, BlockConfig, Stack, make_norm
+from mmx.layers.products import Dense
+from mmx.layers.stack import sow_states
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
@@ -41,7 +43,7 @@ def transform(
 ) -> jax.Array:
     """What stands before the last matrix of a head, called in its compact method: dense layer, activation, LayerNorm."""
     act = (lambda x: x) if size is None or activation is None else ACTIVATIONS[activation]
-    x = x if size is None else nn.Dense(size, dtype=dtype, name="transform")(x)
+    x = x if size is None else Dense(size, dtype=dtype, name="transform")(x)
     normed = (lambda x: x) if norm is None else make_norm("layer", norm, dtype, "norm")
     return act(normed(x)) if norm_first else normed(act(x))
 
@@ -60,9 +62,9 @@ class Projection(nn.Module):
     def __call__(self, pooled: jax.Array) -> jax.Array:
         x = pooled
         if self.size is not None:
-            x = nn.Dense(self.size, use_bias=self.bias, dtype=self.dtype, name="projection")(x)
+            x = Dense(self.size, use_bias=self.bias, dtype=self.dtype, name="projection")(x)
         x = x.astype(jnp.float32)
-        self.sow("intermediates", "features", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        sow_states(self, x, "features")
         return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
@@ -92,7 +94,7 @@ class Pooler(nn.Module):
         if self.norm is not None:
             x = make_norm("layer", self.norm, self.dtype, "norm")(x)
         if self.size is not None:
-            x = nn.Dense(self.size, dtype=self.dtype, name="transform")(x)
+            x = Dense(self.size, dtype=self.dtype, name="transform")(x)
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
     def _choose(self, tokens: Tokens, raw: Any) -> jax.Array:
@@ -165,7 +167,7 @@ class Classifier(nn.Module):
             x = x + MLP(x.shape[-1], self.residual, False, True, self.dtype, name="residual")(x[:, None])[:, 0]
         size = (self.size or x.shape[-1]) if self.transform else None
         x = transform(x, size, self.activation, self.norm, self.dtype, self.norm_first)
-        return nn.Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
+        return Dense(self.classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
     def _fused(self, streams: Streams, pooled: Mapping[str, jax.Array]) -> jax.Array:
         if self.fuse not in FUSES:
@@ -252,7 +254,7 @@ class TokenClassifier(nn.Module):
             return scores + self.param("bias", nn.initializers.zeros, scores.shape[-1:]) if self.bias else scores
 
         def answer(classes: int, end: str = "") -> jax.Array:
-            dense = nn.Dense(classes, use_bias=self.bias, dtype=self.dtype, name="classifier" + end)
+            dense = Dense(classes, use_bias=self.bias, dtype=self.dtype, name="classifier" + end)
             return dense(x).astype(jnp.float32)
 
         several = self.classes
@@ -285,7 +287,7 @@ class Reconstruction(nn.Module):
             return None
         tokens, grid = streams[self.modality], modalities[self.modality].grid  # type: ignore[attr-defined]
         block, count, length = dataclasses.replace(self.block, dtype=self.dtype), len(tokens.special), math.prod(grid)
-        x = nn.Dense(block.width, dtype=self.dtype, name="project")(tokens.values)
+        x = Dense(block.width, dtype=self.dtype, name="project")(tokens.values)
         x, special = x[:, count:], x[:, :count]
         strides = np.append(np.cumprod(grid[:0:-1])[::-1], 1)
         where = np.arange(x.shape[1]) if tokens.coordinates is None else tokens.coordinates[..., count:, :] @ strides
@@ -294,7 +296,7 @@ class Reconstruction(nn.Module):
         full = jnp.broadcast_to(token, (len(x), length, block.width)).at[jnp.arange(len(x))[:, None], where].set(x)
         position = self.param("position", INITIAL, (count + length, block.width)).astype(x.dtype)
         x = Stack(self.depth, block, name="stack")(jnp.concatenate([special, full], 1) + position)[:, count:]
-        return nn.Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
+        return Dense(self.size, dtype=self.dtype, name="projection")(x).astype(jnp.float32)
 
 
 class TiedDecoder(nn.Module):
@@ -340,7 +342,7 @@ class TiedDecoder(nn.Module):
         x = transform(x, ids.width if self.transform else None, self.activation, self.norm, self.dtype)
         x = x if self.scale == 1 else x * self.scale
         if self.own:
-            logits = nn.Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
+            logits = Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
         else:
             logits = ids.decode(x)
         return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits

@@ -34,6 +34,8 @@ def load_pretrained(
     heads: Sequence[str] | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    remat: str | None = None,
+    unroll: int | None = None,
 ) -> Pretrained:
     """Loads weights: a folder in a published layout, a run folder of mmx, or one of its checkpoints. No torch, no network.
 
@@ -43,6 +45,8 @@ def load_pretrained(
         heads: which published heads; None: those the weights have.
         dtype: type of the computation; a run has its own.
         mesh: devices to load onto; each gets its part of every parameter.
+        remat: of a published model's blocks, `mmx.layers.BlockConfig`: what a backward pass computes again.
+        unroll: likewise: layers per iteration of a scan; as many as there are: none, for speed on a CPU.
 
     Returns:
         What is called with published input names; a run's model with its modalities' names.
@@ -61,7 +65,7 @@ def load_pretrained(
             return _own(experiment, model, params, tokenizer)
         beside = RunFolder(find_checkpoint(folder)[0].parent).published
         return as_published(beside, *published.parts, published.fields, published.heads, model, params)
-    return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh)
+    return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh, remat=remat, unroll=unroll)
 
 
 def save_run(folder: str | Path, pretrained: Pretrained) -> None:

@@ -10,6 +10,8 @@ import pytest
 from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
 from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Line, Sight, Stack, attend, make_norm, visibility
+from mmx.layers.products import DenseGeneral
+from mmx.layers.stack import by_layer
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -163,7 +165,7 @@ def stack_output(config, x, key=None, depth=3):
 def test_unrolling_and_remat_change_nothing(rng):
     x = rng.standard_normal((2, 5, 8)).astype(np.float32)
     value, gradient = stack_output(SMALL, x)
-    for change in ({"unroll": 3}, {"unroll": 8}, {"remat": "full"}, {"remat": "dots"}):
+    for change in ({"unroll": 2}, {"unroll": 8}, {"unroll": 8, "remat": "full"}, {"remat": "full"}, {"remat": "dots"}):
         other_value, other_gradient = stack_output(dataclasses.replace(SMALL, **change), x)
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other_gradient, gradient)
@@ -279,6 +281,29 @@ def test_bfloat16_stays_bfloat16():
 
     read = list(products(jax.make_jaxpr(stack.apply)(variables, x).jaxpr))
     assert len(read) >= 8 and all(dtypes == {jnp.dtype("bfloat16")} for dtypes in read)
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (24, 5, 2)), ((-2, -1), (4, 6, 3))])
+def test_products_of_bfloat16_are_rounded_behind(rng, axis, shape):
+    """Value and gradients are those of the rounded operands in float32, and a parameter's gradient is not rounded at all."""
+    size = (2, 7, 24) if axis == -1 else (2, 7, 4, 6)
+    x = rng.standard_normal(size).astype("f").astype(jnp.bfloat16)
+    dense = DenseGeneral(shape[1:] if axis == -1 else shape[2:], axis=axis, dtype="bfloat16")
+    params = {"kernel": rng.standard_normal(shape).astype("f"), "bias": rng.standard_normal(dense.features).astype("f")}
+    weight = rng.standard_normal((2, 7, *dense.features)).astype("f").astype(jnp.bfloat16)
+
+    def run(params, x):
+        y = dense.apply({"params": params}, x)
+        assert y.dtype == jnp.bfloat16
+        return (y * weight).sum(dtype=jnp.float32)
+
+    y, (gradient, dx) = dense.apply({"params": params}, x), jax.grad(run, (0, 1))(params, x)
+    rows, matrix = np.float32(x).reshape(14, 24), np.float32(params["kernel"].astype(jnp.bfloat16)).reshape(24, -1)
+    out = np.float32(weight).reshape(14, -1)
+    np.testing.assert_allclose(np.float32(y).reshape(14, -1), rows @ matrix + params["bias"].reshape(-1), rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(gradient["kernel"].reshape(matrix.shape), rows.T @ out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient["bias"].reshape(-1), out.sum(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.float32(dx).reshape(14, 24), out @ matrix.T, rtol=2**-8, atol=1e-4)
 
 
 def test_a_norm_of_one_and_a_parameter(rng):
@@ -452,3 +477,12 @@ def test_time_and_space_are_attention_along_each(rng):
         np.testing.assert_allclose(a[mask], b[mask], atol=1e-4)
         with pytest.raises(InputError, match="lies on a grid"):
             block.init(jax.random.key(0), x)
+
+
+def test_layers_may_have_an_array_each(rng):
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    stack = Stack(3, dataclasses.replace(SMALL, unroll=3))
+    params = stack.init(jax.random.key(0), x)["params"]
+    each = by_layer(params)
+    assert len(each["layers"]["block"]["mlp"]["up"]["kernel"]) == 3 and each["norm"]["scale"].shape == (8,)
+    np.testing.assert_array_equal(stack.apply({"params": each}, x), stack.apply({"params": params}, x))

@@ -329,6 +329,18 @@ def test_what_is_not_supported_of_other_libraries_is_named(tmp_path, folder, cha
     assert message in str(error.value)
 
 
+def test_how_a_published_model_runs_changes_nothing():
+    ids = np.arange(1, 7).reshape(2, 3)
+    one, other = mmx.load_pretrained(BERT), mmx.load_pretrained(BERT, unroll=9, remat="full")
+    block = other.model.stages[0].block
+    assert (block.unroll, block.remat) == (9, "full") and jax.tree.structure(one.params) == jax.tree.structure(other.params)
+
+    def gradient(pretrained):
+        return jax.grad(lambda p: pretrained.apply(p, input_ids=ids)["last_hidden_state"][:, 0, 0].sum())(pretrained.params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(one), gradient(other))
+
+
 def test_generation_continues_prompts_padded_on_the_left():
     pretrained = mmx.load_pretrained(GPT2)
     prompt = np.asarray([[5, 9, 11]])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from mmx.layers.norms import make_norm
 from mmx.layers.positions import rotate
+from mmx.layers.products import DenseGeneral, product
 from mmx.parallel import constrain
 
 PROJECTIONS = ("query", "key", "value", "out")
@@ -89,7 +90,7 @@ def attend(
     if groups > 1:
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     query = query * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32)  # (B, H, Lq, Lk)
+    scores = product("bqhk,bmhk->bhqm", query, key)  # (B, H, Lq, Lk)
     if bias is not None:
         scores = scores + bias
     if key_mask is not None:
@@ -105,7 +106,7 @@ def attend(
         see(weights / total)
     # The softmax's division comes last, as in FlashAttention (arXiv 2205.14135): K numbers a query, and not Lk.
     weights = weights.astype(value.dtype)
-    out = jnp.einsum("bhqm,bmhk->bqhk", weights, value, preferred_element_type=jnp.float32) / total.swapaxes(1, 2)
+    out = product("bhqm,bmhk->bqhk", weights, value) / total.swapaxes(1, 2)
     return out.astype(value.dtype)
 
 
@@ -139,7 +140,7 @@ class Attention(nn.Module):
             size = self.value_size or self.head_size if name == "value" else self.head_size
 
             def dense(end: str) -> nn.Module:
-                return nn.DenseGeneral((count, size), use_bias=name in self.bias, dtype=self.dtype, name=name + end)
+                return DenseGeneral((count, size), use_bias=name in self.bias, dtype=self.dtype, name=name + end)
 
             parts = self.parts if y is x else ()
             return constrain(each_part(y, parts, dense), "batch", "length", "heads", "head")
@@ -161,7 +162,7 @@ class Attention(nn.Module):
             y = each_part(read, self.parts, lambda end: make_norm(kind, self.eps, self.dtype, "norm" + end)).reshape(y.shape)
 
         def out(end: str) -> nn.Module:
-            return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)
+            return DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)
 
         return each_part(y, self.parts, out)
 

@@ -22,6 +22,7 @@ from mmx.errors import InputError, at_least, unknown
 from mmx.layers.attention import PROJECTIONS, Attention, Line, Sight, each_part
 from mmx.layers.mlp import ACTIVATIONS, MLP
 from mmx.layers.norms import NORMS, make_norm
+from mmx.layers.products import Dense
 from mmx.layers.relative import Relative
 from mmx.parallel import constrain
 
@@ -96,7 +97,8 @@ class BlockConfig:
     remat: str = "none"
     """What the backward pass computes again: none, full (everything), dots (all but matrix products)."""
     unroll: int = 1
-    """Layers per iteration of the scan over layers. The layout of parameters does not depend on it."""
+    """Layers per iteration of the scan over layers; as many as there are, or more: no scan, which is faster on a CPU and slower
+    to compile. The layout of parameters does not depend on it."""
 
     def __post_init__(self) -> None:
         choices = {"activation": ACTIVATIONS, "norm_kind": NORMS, "remat": REMAT, "norm": ("pre", "post"), "dtype": DTYPES}
@@ -253,7 +255,7 @@ class Block(nn.Module):
         if kind == "time":
             own, here = own.swapaxes(1, 2), here.swapaxes(1, 2)
             y = attention(own.reshape(-1, frames, width), Sight(None if sight.mask is None else here.reshape(-1, frames)))
-            y = nn.Dense(width, use_bias=self.config.bias, dtype=self.config.dtype, name=f"{name}_project")(y)
+            y = Dense(width, use_bias=self.config.bias, dtype=self.config.dtype, name=f"{name}_project")(y)
             y = y.reshape(size, -1, frames, width).swapaxes(1, 2).reshape(size, -1, width)
             return jnp.concatenate([jnp.zeros_like(special), y], 1)
         there = here.any(-1)  # (B, T)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.layers.norms import make_norm
+from mmx.layers.products import Dense
 from mmx.parallel import constrain
 
 ACTIVATIONS = {
@@ -36,11 +37,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
-        h = ACTIVATIONS[self.activation](h)
+        h = Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="up")(x)  # (B, L, F)
+        # The backward pass takes the activation again: cheaper than to keep all that it went through, in a scan over layers.
+        h = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)(h)
         if self.gated:
-            h = h * nn.Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
+            h = h * Dense(self.hidden, use_bias=self.bias, dtype=self.dtype, name="gate")(x)
         h = constrain(h, "batch", "length", "mlp")
         if self.inner_norm is not None:
             h = make_norm(self.inner_norm, self.eps, self.dtype, "norm")(h)
-        return nn.Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)
+        return Dense(x.shape[-1], use_bias=self.bias, dtype=self.dtype, name="down")(h)

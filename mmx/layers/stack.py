@@ -1,7 +1,8 @@
 """A stack of equal layers: scanned, so that compile time does not grow with depth, and rematerialised on request."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,23 +17,59 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+SOWN = ("intermediates", "attentions")  # collections of what layers leave for who wants to look
 
 
-def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., nn.Module]:
+def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., Any]:
     """Returns `layer` repeated `depth` times: parameters get a leading axis `layers`, inputs other than the first are shared.
 
     The layer is called as `layer(carry, own, shared) -> (carry, None)`; what is its `own` has the layers in front.
     """
+    one_by_one = config.unroll >= depth
     if config.remat != "none":
-        layer = nn.remat(layer, prevent_cse=False, policy=POLICIES[config.remat])
-    return nn.scan(
+        layer = nn.remat(layer, prevent_cse=one_by_one, policy=POLICIES[config.remat])
+    scanned = nn.scan(
         layer,
-        variable_axes={"params": 0, "intermediates": 0, "attentions": 0},
+        variable_axes={"params": 0, **dict.fromkeys(SOWN, 0)},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=depth,
         unroll=config.unroll,
     )
+    return functools.partial(_one_by_one, layer, scanned, depth) if one_by_one else scanned
+
+
+def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *fields: Any, name: str) -> Callable[..., Any]:
+    """Layers that are applied without a scan, which would put what the backward pass needs of each of them into one array."""
+    module, single = scanned(*fields, name=name), layer(*fields, parent=None)
+
+    def run(carry: Any, rates: Any, shared: Any) -> tuple[Any, Any]:
+        if module.is_initializing():
+            return module(carry, rates, shared)
+        keys = jax.tree.map(lambda key: jax.random.split(key, depth), dict(module.scope.rngs))  # type: ignore[union-attr]
+        stacked, left = [module.variables["params"], rates, keys], []
+        sown = [name for name in SOWN if module.is_mutable_collection(name)]
+        for i in range(depth):
+            params, rate, rngs = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=lambda x: isinstance(x, tuple))
+            (carry, state), variables = single.apply({"params": params}, carry, rate, shared, rngs=rngs, mutable=sown)
+            left.append((state, variables))
+        states, variables = jax.tree.map(lambda *each: jnp.stack(each), *left)
+        for collection, values in variables.items():
+            for key, value in values.items():
+                module.put_variable(collection, key, value)
+        return carry, states
+
+    return run
+
+
+def by_layer(params: Any, inside: bool = False) -> Any:
+    """Parameters whose stacked arrays are tuples of one array for each layer: for a model with `unroll` as large as its depth.
+
+    A CPU then reads them where they lie; what is cut out of one array, it copies first.
+    """
+    if isinstance(params, Mapping):
+        return {name: by_layer(value, inside or name == "layers") for name, value in params.items()}
+    return tuple(params) if inside else params
 
 
 def sow_states(layer: nn.Module, states: Any, name: str = "states") -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from mmx.errors import InputError, unknown
 from mmx.layers import make_norm
 from mmx.layers.positions import fourier, grid_coordinates, interleaved, resample, sincos
+from mmx.layers.products import Dense
 from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
@@ -170,7 +171,7 @@ class Embedder(nn.Module, kw_only=True):
         for name, size in self.vectors.items():
             self._check(name, fields[name], (*values.shape[:2], size), integer=False)
             here = hide(jnp.asarray(fields[name], self.dtype), mask)
-            vector = nn.Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
+            vector = Dense(self.width or 0, dtype=self.dtype, name=f"{name}_linear")(here)
             values = values + self._each_norm(vector, name)
         coordinates = fields.get(COORDINATES, coordinates)
         if self.average:
@@ -231,7 +232,7 @@ class Embedder(nn.Module, kw_only=True):
             return jnp.asarray(interleaved(int(np.prod(grid)), self.width or 0))
         if position == "fourier":
             features = fourier(grid_coordinates(grid), 16, self.grid)
-            return nn.Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
+            return Dense(self.width or 0, dtype=self.dtype, name="position_linear")(features.astype(self.dtype))
         front = len(self.special) if self.special_position else 0
         if position == "divided":
             table = self.param("position", INITIAL, (front + int(np.prod(self.grid[1:])), self.width))

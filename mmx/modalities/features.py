@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.layers import ACTIVATIONS, make_norm
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import BESIDE, INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -69,7 +70,7 @@ class Features(Embedder):
         if self.input_norm is not None:
             x = make_norm("layer", self.input_norm, self.dtype, "input_norm")(x)
         if self.linear:
-            x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="linear")(x)
+            x = Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="linear")(x)
             x = x if self.activation is None else ACTIVATIONS[self.activation](x)
         elif self.size != self.width:
             raise InputError(f"{self.name}: features of size {self.size} are not tokens of width {self.width}; set linear=True")

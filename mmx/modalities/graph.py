@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -62,10 +63,10 @@ class Graph(Embedder):
         if self.vocab:
             x = nn.Embed(self.vocab, width, dtype=self.dtype, embedding_init=INITIAL, name="token")(nodes)
         else:
-            x = nn.Dense(width, dtype=self.dtype, name="linear")(hide(jnp.asarray(nodes, self.dtype), mask))
+            x = Dense(width, dtype=self.dtype, name="linear")(hide(jnp.asarray(nodes, self.dtype), mask))
         adjacency = normalised_adjacency(edges, mask).astype(self.dtype)
         for i in range(self.layers):
-            x = jnp.einsum("bij,bjd->bid", adjacency, nn.Dense(width, dtype=self.dtype, name=f"project_{i}")(hide(x, mask)))
+            x = jnp.einsum("bij,bjd->bid", adjacency, Dense(width, dtype=self.dtype, name=f"project_{i}")(hide(x, mask)))
             x = jax.nn.relu(x) if i < self.layers - 1 else x
         return self.fuse(x, mask, fields, (shape[1],))
 

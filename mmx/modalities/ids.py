@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers.products import product
 from mmx.modalities.embedder import INITIAL, PLACE, Embedder
 from mmx.modalities.masking import token_mask
 from mmx.types import Masked, Tokens
@@ -46,9 +47,9 @@ class Ids(Embedder):
         if ids.shape[1] > self.length and PLACE not in fields and self.position in (None, "learned"):
             raise InputError(f"{self.name}: {ids.shape[1]} tokens, but length={self.length}; truncate, or build a longer model")
         if self.lender:
-            values = self._lent(self.lender, "token")["embedding"].astype(self.dtype)[ids]
+            values = self._lent(self.lender, "token")["embedding"][ids].astype(self.dtype)
         else:
-            values = nn.Embed(self.vocab, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="token")(ids)
+            values = nn.Embed(self.vocab, self.width or 0, embedding_init=INITIAL, name="token")(ids).astype(self.dtype)
         values = values if self.scale == 1 else values * jnp.asarray(self.scale, values.dtype)
         mask = token_mask(mask, ids.shape)
         if self.last:
@@ -60,8 +61,7 @@ class Ids(Embedder):
     def decode(self, x: jax.Array) -> jax.Array:
         """Scores of every id with the embedding as the matrix (tied weights): `(B, L, D) -> (B, L, V)` float32."""
         token = self._lent(self.lender, "token") if self.lender else self.get_variable("params", "token")
-        table = token["embedding"].astype(x.dtype)
-        return jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
+        return product("bld,vd->blv", x, token["embedding"])
 
     def _position_table(self, rows: int) -> jax.Array:
         return self._lent(self.lender, "position") if self.lender else super()._position_table(rows)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers.positions import sample
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -75,7 +76,7 @@ class Patches(Embedder):
         grid = self._grid_of(size)
         x = cut(x, self.patch) if self.stride is None else overlapping(x, grid, self.patch, self.stride)  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
-        x = nn.Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
+        x = Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
         return self.fuse(x, mask, fields, grid)
 
     def example(self, batch_size: int) -> Any:
@@ -123,7 +124,7 @@ class PackedPatches(Embedder):
             raise InputError(f"{self.name}: expected patches of shape (B, L, {pixels}), got {x.shape}")
         mask = token_mask(mask, x.shape[:2])
         x = hide(normalise(x, self.mean, self.std, self.dtype), mask)
-        x = nn.Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
+        x = Dense(self.width or 0, dtype=self.dtype, name="patch")(x)
         front = len(self.special) if self.special_position else 0
         table = self.param("position", INITIAL, (front + math.prod(self.grid_size), self.width))
         place = fields["place"].astype(jnp.float32)

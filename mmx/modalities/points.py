@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -44,8 +45,8 @@ class Points(Embedder):
             raise InputError(f"{self.name}: expected points of shape (B, P <= {self.points}, {self.channels}), got {x.shape}")
         mask = token_mask(mask, x.shape[:2])
         x = hide(jnp.asarray(x, self.dtype), mask)
-        x = jax.nn.gelu(nn.Dense(self.hidden or width, dtype=self.dtype, name="linear")(x))
-        x = nn.Dense(width, dtype=self.dtype, name="project")(x)
+        x = jax.nn.gelu(Dense(self.hidden or width, dtype=self.dtype, name="linear")(x))
+        x = Dense(width, dtype=self.dtype, name="project")(x)
         return self.fuse(x, mask, fields, (x.shape[1],))
 
     def example(self, batch_size: int) -> Masked:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.errors import InputError
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import Embedder
 from mmx.modalities.masking import hide, shorter_mask
 from mmx.types import Masked, Tokens
@@ -72,7 +73,7 @@ class Spectrogram(Embedder):
                 conv = nn.Conv(width, (3,), (1 + i,), padding=((1, 1),), dtype=self.dtype, name=f"conv_{i}")
                 x = jax.nn.gelu(conv(hide(x, here)), approximate=False)
         else:
-            x = nn.Dense(width, dtype=self.dtype, name="linear")(x)
+            x = Dense(width, dtype=self.dtype, name="linear")(x)
         if self.kind == "gated":
             for i in range(2):
                 y = nn.Conv(2 * width, (5,), dtype=self.dtype, name=f"conv_{i}")(hide(x, mask))

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import INITIAL, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
@@ -41,7 +42,7 @@ class Strokes(Embedder):
                 f"{self.name}: expected points (B, L <= {self.length}, 2) and pen (B, L), got {points.shape}, {pen.shape}"
             )
         mask = token_mask(mask, points.shape[:2])
-        x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(hide(jnp.asarray(points, self.dtype), mask))
+        x = Dense(self.width or 0, dtype=self.dtype, name="linear")(hide(jnp.asarray(points, self.dtype), mask))
         x = x + nn.Embed(self.states, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="pen")(pen)
         return self.fuse(x, mask, fields, (points.shape[1],))
 

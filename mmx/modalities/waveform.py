@@ -13,6 +13,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers import ACTIVATIONS
+from mmx.layers.products import Dense
 from mmx.modalities.embedder import INITIAL, Embedder
 from mmx.modalities.masking import hide, shorter_mask
 from mmx.types import Masked, Tokens
@@ -93,7 +94,7 @@ class Waveform(Embedder):
         if self.feature_norm is not None:
             features: Any = nn.LayerNorm(self.feature_norm, self.dtype, name="feature_norm")(x)
             self.sow("intermediates", "features", features, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-            x = nn.Dense(self.width or 0, dtype=self.dtype, name="linear")(features)
+            x = Dense(self.width or 0, dtype=self.dtype, name="linear")(features)
         positions = None
         if self.position_window is not None:
             x = hide(x, mask)  # a token hears nothing of neighbours that do not exist

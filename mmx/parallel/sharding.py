@@ -51,7 +51,8 @@ class Axes(NamedTuple):
 
 
 def logical_axes(path: str) -> Axes | None:
-    """Returns the logical axes of the leaf at `path` (`a/b/kernel`), or None where no pattern names it."""
+    """Returns the logical axes of the leaf at `path` (`a/b/kernel`, or `a/b/kernel/3` of one layer), or None if none names it."""
+    path = re.sub(r"/\d+$", "", path)
     for pattern, axes in TABLE:
         if re.search(pattern, path):
             left, _, right = axes.partition("->")

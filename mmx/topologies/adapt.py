@@ -10,6 +10,7 @@ import numpy as np
 from mmx.errors import InputError
 from mmx.layers import make_norm
 from mmx.layers.positions import sincos
+from mmx.layers.products import Dense
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import SHARED
@@ -58,7 +59,7 @@ class Adapt(Stage):
             if self.width is not None:
                 project = modules.setdefault("project", {})
                 if owner not in project:
-                    project[owner] = nn.Dense(self.width, dtype=x.dtype, name=f"{owner}_project")
+                    project[owner] = Dense(self.width, dtype=x.dtype, name=f"{owner}_project")
                 x = project[owner](x)
             places = self._positions(name, x)
             x = x if self.scale == 1 else x * self.scale

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.layers import make_norm
+from mmx.layers.products import Dense
 from mmx.topologies.stage import given
 from mmx.topologies.stages import Cross
 from mmx.types import Streams
@@ -48,7 +49,7 @@ class Bridge(Cross):
             mapped = states
             if name in norms:
                 mapped = make_norm("layer", norms[name], states.dtype, f"{name}_tower_norm")(states)
-            dense = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}) if self.each else nn.Dense
+            dense = nn.vmap(Dense, variable_axes={"params": 0}, split_rngs={"params": True}) if self.each else Dense
             mapped = dense(width, dtype=states.dtype, name=f"{name}_project")(mapped)
             mapped += self.param(f"{name}_type_bias", nn.initializers.normal(0.02), (width,)).astype(states.dtype)
             arriving[name] = mapped

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.layers import BlockConfig, make_norm
+from mmx.layers.products import Dense
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage, concatenate, given
 from mmx.topologies.stages import FUSED
@@ -71,7 +72,7 @@ class Gather(Stage):
     def _enter(self, name: str, tokens: Tokens, width: int) -> Tokens:
         x = tokens.values
         if self.project or x.shape[-1] != width:
-            x = nn.Dense(width, dtype=x.dtype, name=f"{name}_project")(x)
+            x = Dense(width, dtype=x.dtype, name=f"{name}_project")(x)
         if self.type:
             x = x + self.param(f"{name}_type_bias", INITIAL, (width,)).astype(x.dtype)
         return dataclasses.replace(tokens, values=x)

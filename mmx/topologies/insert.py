@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS
+from mmx.layers.products import Dense
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage, fit
 from mmx.types import Streams, Tokens
@@ -75,9 +76,9 @@ class Insert(Stage):
         source = source if self.special else source.without_special
         x = source.values
         if self.hidden is not None:
-            x = nn.Dense(self.hidden, use_bias=self.bias, dtype=x.dtype, name="transform")(x)
+            x = Dense(self.hidden, use_bias=self.bias, dtype=x.dtype, name="transform")(x)
             x = ACTIVATIONS[self.activation](x)
-        return dataclasses.replace(source, values=nn.Dense(width, use_bias=self.bias, dtype=x.dtype, name="project")(x))
+        return dataclasses.replace(source, values=Dense(width, use_bias=self.bias, dtype=x.dtype, name="project")(x))
 
 
 class Scatter(Stage):

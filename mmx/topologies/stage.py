@@ -17,6 +17,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers import BlockConfig, Line, Sight, make_norm, visibility
+from mmx.layers.products import Dense
 from mmx.types import Streams, Tokens
 
 AXES = 3  # time, row, column
@@ -35,16 +36,20 @@ class Stage(nn.Module):
 
 def fill_block(stage: Stage, block: BlockConfig) -> Stage:
     """Returns the stage with `block` where it has none of its own, and in any case with its type of computation."""
-    if not hasattr(stage, "block"):
-        return stage
-    own = stage.block  # pyright: ignore[reportAttributeAccessIssue]
+    filled = stage if getattr(stage, "block", block) is not None else dataclasses.replace(stage, block=block)  # pyright: ignore[reportCallIssue]
+    return change_block(filled, dtype=block.dtype)
+
+
+def change_block(stage: Stage, **fields: Any) -> Stage:
+    """Returns the stage with fields of its block, or of each of its blocks, changed."""
+    own = getattr(stage, "block", None)
     if own is None:
-        own = block
-    elif isinstance(own, Mapping):
-        own = {name: dataclasses.replace(b, dtype=block.dtype) for name, b in own.items()}
+        return stage
+    if isinstance(own, Mapping):
+        new: Any = {name: dataclasses.replace(block, **fields) for name, block in own.items()}
     else:
-        own = dataclasses.replace(own, dtype=block.dtype)
-    return dataclasses.replace(stage, block=own)  # pyright: ignore[reportCallIssue]
+        new = dataclasses.replace(own, **fields)
+    return dataclasses.replace(stage, block=new)  # pyright: ignore[reportCallIssue]
 
 
 def given(block: BlockConfig | Mapping[str, BlockConfig] | None, stage: Stage, name: str = "") -> BlockConfig:
@@ -62,7 +67,7 @@ def fit(tokens: Tokens, width: int, name: str) -> Tokens:
     """Projects the tokens of stream `name` to `width` where they have another one."""
     if tokens.values.shape[-1] == width:
         return tokens
-    project = nn.Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
+    project = Dense(width, dtype=tokens.values.dtype, name=f"{name}_project")
     return dataclasses.replace(tokens, values=project(tokens.values))
 
 

@@ -65,13 +65,17 @@ def train_step(
     corrupt_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     batch = task.corrupt(batch, corrupt_key)
     (loss, metrics), grads = value_and_grad(task.forward, task.loss, state.params, batch, dropout_key, parts)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    moved = dataclasses.replace(state, params=params, opt_state=opt_state, ema=_average(state, params, ema))
-
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    state, learning_rate = _choose(finite, moved, state), schedule(state.step - state.skipped)
+
+    def move(state: TrainState, grads: Params) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return dataclasses.replace(state, params=params, opt_state=opt_state, ema=_average(state, params, ema))
+
+    # A branch, and not a choice between old and new numbers, which would need both at once: memory and three times the time.
+    learning_rate = schedule(state.step - state.skipped)
+    state = jax.lax.cond(finite, move, lambda state, grads: state, state, grads)
     state = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -105,7 +109,3 @@ def _average(state: TrainState, params: Params, decay: float) -> Params | None:
     t = (state.step - state.skipped).astype(jnp.float32)
     keep = jnp.minimum(decay, (1 + t) / (10 + t))
     return jax.tree.map(lambda average, p: average + (1 - keep) * (p - average), state.ema, params)
-
-
-def _choose(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)

@@ -74,20 +74,30 @@ def list_models(pattern: str | Sequence[str] = "*") -> list[str]:
     return sorted(name for name in NAMES if any(fnmatch.fnmatch(name, p) for p in patterns))
 
 
-def create_model(name: str, *, heads: Sequence[str] = (), dtype: str = "float32", **fields: Any) -> MultimodalTransformer:
+def create_model(
+    name: str,
+    *,
+    heads: Sequence[str] = (),
+    dtype: str = "float32",
+    remat: str | None = None,
+    unroll: int | None = None,
+    **fields: Any,
+) -> MultimodalTransformer:
     """Builds a published model by its name: the bare one, as `AutoModel` would, and the heads that are named.
 
     Args:
         name: such as "bert-base-uncased"; `list_models` lists them.
         heads: published heads, such as ("masked-lm", "matching").
         dtype: type of the computation, float32 or bfloat16.
+        remat: of its blocks, `mmx.layers.BlockConfig`: what a backward pass computes again.
+        unroll: likewise: layers per iteration of a scan; as many as there are: none, for speed on a CPU.
         **fields: published fields of the configuration to change; those of a part as `vision_config={"image_size": 384}`.
 
     Raises:
         InputError: an unknown name, head or field, with the nearest known one.
     """
     family, config = configuration(name, **fields)
-    return build(family, config, heads, dtype)
+    return build(family, config, heads, dtype, remat=remat, unroll=unroll)
 
 
 def configuration(name: str, **fields: Any) -> tuple[Family, Any]:

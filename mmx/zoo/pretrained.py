@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mmx.errors import InputError, unknown, writing
 from mmx.model import MultimodalTransformer, example_batch
 from mmx.parallel import shardings
+from mmx.topologies.stage import change_block
 from mmx.types import Batch, Masked, Params
 from mmx.zoo import preprocess
 from mmx.zoo import weights as weight_files
@@ -75,11 +76,20 @@ class Pretrained:
         Raises:
             InputError: an input this family does not have.
         """
+        fields = self.apply(self.params, output_hidden_states, output_attentions, **inputs)
+        return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
+
+    def apply(
+        self, params: Params, output_hidden_states: bool = False, output_attentions: bool = False, **inputs: Any
+    ) -> dict[str, Any]:
+        """A call with other parameters, which may stand in `jax.grad` and `jax.jit`: `pretrained.apply(params, ...)["loss"]`.
+
+        A field whose length hangs on the values of the inputs stays a `Chosen`.
+        """
         flags, arrays = _split(inputs)
         asked = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         wanted = tuple(name for name, wants in asked.items() if wants)
-        fields = _forward(self.family, self.model, self.config, wanted, flags, self.params, as_batch(arrays))
-        return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
+        return _forward(self.family, self.model, self.config, wanted, flags, params, as_batch(arrays))
 
     def under(self, library: str | None) -> "Pretrained":
         """The same weights under the names of another library, such as "open_clip" or "timm", to be called and saved by.
@@ -139,8 +149,13 @@ def _split(inputs: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]]:
 def _arrays(value: Any) -> Any:
     """An input as an array; a mapping of inputs, and of tuples of inputs (LXMERT's labels), as one of arrays."""
     if isinstance(value, Mapping):
-        return {name: tuple(map(np.asarray, v)) if isinstance(v, tuple) else _arrays(v) for name, v in value.items()}
-    return jax.tree.map(np.asarray, value) if isinstance(value, Masked) else np.asarray(value)
+        return {name: tuple(map(_array, v)) if isinstance(v, tuple) else _arrays(v) for name, v in value.items()}
+    return jax.tree.map(_array, value) if isinstance(value, Masked) else _array(value)
+
+
+def _array(value: Any) -> Any:
+    """What is on a device, or stands for it in a program, stays there."""
+    return value if isinstance(value, jax.Array) else np.asarray(value)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -239,6 +254,8 @@ def load_published(
     heads: Sequence[str] | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    remat: str | None = None,
+    unroll: int | None = None,
 ) -> Pretrained:
     """`mmx.load_pretrained` of a folder in a published layout: `config.json` and safetensors, sharded index included.
 
@@ -254,7 +271,7 @@ def load_published(
     if heads is None:
         begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
         heads = tuple(head for head, names in begins.items() if any(n.startswith(names) for n in tensors.shapes))
-    model = build(found, config, heads, dtype)
+    model = build(found, config, heads, dtype, remat=remat, unroll=unroll)
     weights, params = _weights(found, config, model)
     names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
     for w in weights:
@@ -350,12 +367,13 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def build(family: Family, config: Any, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    """The model of a configuration, with the published heads that are named."""
+def build(family: Family, config: Any, heads: Sequence[str], dtype: str, **run: Any) -> MultimodalTransformer:
+    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None."""
     for head in heads:
         if head not in family.heads:
             raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
-    return family.build(config, tuple(heads), dtype)
+    model, fields = family.build(config, tuple(heads), dtype), {name: value for name, value in run.items() if value is not None}
+    return model.clone(stages=tuple(change_block(stage, **fields) for stage in model.stages)) if fields else model
 
 
 def abstract_params(model: MultimodalTransformer) -> Any:

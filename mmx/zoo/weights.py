@@ -9,6 +9,7 @@ kernel, scale or embedding, `bias` our bias. A dense weight is published as (out
 which is what `mmx.parallel.sharding` knows of its path. What is not so simple has a `Layout`.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -31,6 +32,15 @@ SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 LAYER = re.compile(r"\{(?:(\d+)\+(\d+))?\}")  # {} every layer; {6+1} from the seventh on; {0+2} every second one
 TITLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+KINDS = {  # types by their names in a safetensors file
+    "BOOL": np.dtype(bool),
+    **{f"{kind}{bits}": np.dtype(f"{kind}{bits // 8}".lower()) for kind in "IU" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+THREADS = 8  # that read; more than a core has, because a disk makes them wait
+TILE = 64  # columns that are transposed at once, so that what was read is still in the cache when it is read again
+ALIGNED = 64  # bytes; an array that begins so is put on a CPU without a copy
 SHARD = 5 * 2**30  # bytes of a file that is written
 
 
@@ -145,15 +155,17 @@ class Weight:
         return tuple(shape)
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """The published tensor, or what it is fused of, as our leaf: float32."""
+        """The published tensor, or what it is fused of, as our leaf; where that can be, a view of it."""
+        return self.lies_as_ours(array).reshape(self.form)
+
+    def lies_as_ours(self, array: np.ndarray) -> np.ndarray:
+        """Likewise, of a dense weight as a matrix (in, out)."""
         if self.whole is not None:
-            array = array.take(range(self.start, self.start + self.part_shape[self.axis]), self.axis)
-        array = array.astype(np.float32)
+            ours = slice(self.start, self.start + self.part_shape[self.axis])
+            array = array[(slice(None),) * self.axis + (ours,)]
         if self.matrix and self.layout.window:
-            array = np.moveaxis(array, (0, 1), (-1, -2))
-        elif self.matrix and self.layout.transposed:
-            array = array.T
-        return array.reshape(self.form)
+            return np.moveaxis(array, (0, 1), (-1, -2)).reshape(self.matrix)
+        return array.T if self.matrix and self.layout.transposed else array
 
     def to_published(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_ours`, of the part."""
@@ -226,19 +238,32 @@ class Tensors:
             raise InputError(
                 f"{folder}: no {' or '.join(titles)} and no {INDEX}; expected published weights beside the configuration"
             )
-        self._files: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._views: dict[str, np.ndarray] = {}
         for file in files:
             try:
-                opened = safetensors.safe_open(str(file), "numpy")
+                safetensors.safe_open(str(file), "numpy")  # for what it checks; its tensors would be copies
             except Exception as error:
                 raise InputError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
-            for name in opened.keys():  # noqa: SIM118
-                self._files[name] = opened
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+            self._views |= _views(file)
+        self.shapes = {name: view.shape for name, view in self._views.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._files[name].get_tensor(name))
+        """A view of the file."""
+        return self._views[name]
+
+
+def _views(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as views of it: 8 bytes for the length of a header, the header in JSON, the numbers."""
+    content = np.memmap(file, np.uint8, "r")
+    begin = 8 + int(content[:8].view("<u8")[0])
+    header = json.loads(content[8:begin].tobytes())
+    return {
+        name: content[begin + entry["data_offsets"][0] : begin + entry["data_offsets"][1]]
+        .view(KINDS[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def check(weights: Sequence[Weight], params: Any, tensors: Tensors, known: Iterable[str], names: Mapping[str, str]) -> None:
@@ -277,20 +302,41 @@ def read(weights: Sequence[Weight], params: Any, tensors: Tensors, names: Mappin
     for weight in weights:
         by_path.setdefault(weight.path, []).append(weight)
     targets = flat(shardings) if shardings is not None else {}
-    leaves = {}
-    for path, leaf in flat(params).items():
 
-        def part(index: Any, parts: list[Weight] = by_path[path]) -> np.ndarray:
+    def load(path: str, leaf: Any) -> jax.Array:
+        parts = by_path[path]
+        arrays = [tensors[names.get(w.name, w.name)] for w in parts]
+
+        def part(index: Any) -> np.ndarray:
             if parts[0].layer is None:
-                return parts[0].to_ours(tensors[names.get(parts[0].name, parts[0].name)])[index]
-            chosen = parts[index[0]] if index else parts
-            return np.stack([w.to_ours(tensors[names.get(w.name, w.name)])[index[1:]] for w in chosen])
+                return _gather([parts[0].to_ours(arrays[0])[index]])[0]
+            chosen = index[0] if index else slice(None)
+            return _gather([w.to_ours(a)[index[1:]] for w, a in zip(parts[chosen], arrays[chosen], strict=True)])
 
         if path in targets:
-            leaves[path] = jax.make_array_from_callback(leaf.shape, targets[path], part)
-        else:
-            leaves[path] = jax.numpy.asarray(part((slice(None),) * len(leaf.shape)))
+            return jax.make_array_from_callback(leaf.shape, targets[path], part)
+        whole = _gather([w.lies_as_ours(a) for w, a in zip(parts, arrays, strict=True)])
+        return jax.device_put(whole.reshape(leaf.shape))
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        shapes = flat(params)
+        leaves = dict(zip(shapes, pool.map(load, shapes, shapes.values()), strict=True))
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _gather(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of one shape as one in float32, in a new row each."""
+    shape = (len(views), *views[0].shape)
+    size = 4 * math.prod(shape)
+    room = np.empty(size + ALIGNED, np.uint8)
+    begin = -room.ctypes.data % ALIGNED
+    new = room[begin : begin + size].view(np.float32).reshape(shape)
+    for i, view in enumerate(views):
+        step = TILE if view.ndim > 1 and not view.flags.c_contiguous else max(shape)
+        for start in range(0, shape[-1] if view.ndim else 1, step):
+            tile = (..., slice(start, start + step)) if view.ndim else ()
+            new[(i, *tile)] = view[tile]
+    return new
 
 
 def write(
