@@ -43,15 +43,16 @@ def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *f
     """Layers that are applied without a scan, which would put what the backward pass needs of each of them into one array."""
     module, single = scanned(*fields, name=name), layer(*fields, parent=None)
 
-    def run(carry: Any, rates: Any, shared: Any) -> tuple[Any, Any]:
+    def run(carry: Any, own: Any, shared: Any) -> tuple[Any, Any]:
         if module.is_initializing():
-            return module(carry, rates, shared)
+            return module(carry, own, shared)
         keys = jax.tree.map(lambda key: jax.random.split(key, depth), dict(module.scope.rngs))  # type: ignore[union-attr]
-        stacked, left = [module.variables["params"], rates, keys], []
+        stacked, left = module.variables["params"], []
         sown = [name for name in SOWN if module.is_mutable_collection(name)]
         for i in range(depth):
-            params, rate, rngs = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=lambda x: isinstance(x, tuple))
-            (carry, state), variables = single.apply({"params": params}, carry, rate, shared, rngs=rngs, mutable=sown)
+            params = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=lambda x: isinstance(x, tuple))
+            mine, rngs = jax.tree.map(lambda x, i=i: x[i], (own, keys))
+            (carry, state), variables = single.apply({"params": params}, carry, mine, shared, rngs=rngs, mutable=sown)
             left.append((state, variables))
         states, variables = jax.tree.map(lambda *each: jnp.stack(each), *left)
         for collection, values in variables.items():
