@@ -333,7 +333,7 @@ class TiedDecoder(nn.Module):
         read = []
         for modality in self.streams or (self.modality,):
             if (name := stream_of(streams, modality)) is not None:
-                first = len(streams[name].special)
+                first = len(streams[name].special) if streams[name].at is None else 0
                 last = first + ids.length if name == FUSED else None  # a fused stream may be longer than the text in it
                 read.append(streams[name].values[:, first:last])
         if not read:

@@ -49,13 +49,18 @@ class MultimodalTransformer(nn.Module):
     pool_after: int | None = None
 
     @nn.compact
-    def __call__(self, batch: Batch, causal: Iterable[str] = (), stages: int | None = None) -> Outputs:
+    def __call__(
+        self, batch: Batch, causal: Iterable[str] = (), stages: int | None = None, at: Mapping[str, jax.Array] | None = None
+    ) -> Outputs:
         """Runs the model on the modalities that are in the batch; deterministic unless a `dropout` key is given.
 
         Args:
             batch: `{modality: raw array or Masked}`, any non-empty subset of the model's modalities.
             causal: modalities to read as a decoder does: each token sees its past and the other modalities.
             stages: how many of the stages the streams go through, for who wants the answers of a layer in between; None: all.
+            at: `{modality: (B, n)}`: only the tokens of these places go through the model, and nothing of what is not named.
+                They read the keys and values that earlier calls left in the collection "cache", and leave theirs
+                (`mutable=["cache"]`). Only `streams` and `logits` are returned.
         """
         causal = tuple(causal)
         self._check(batch, causal)
@@ -64,6 +69,9 @@ class MultimodalTransformer(nn.Module):
             for name, embedder in self.modalities.items()
             if name in batch
         }
+        if at is not None:
+            nowhere = jnp.zeros((len(next(iter(streams.values())).values), 0), jnp.int32)
+            streams = {n: t.only(at[n] + len(t.special) if n in at else nowhere) for n, t in streams.items()}
         sow_states(self, {name: tokens.values for name, tokens in streams.items()})
         chosen = self.stages[:stages]
         for stage in chosen[: self.pool_after]:
@@ -71,10 +79,10 @@ class MultimodalTransformer(nn.Module):
         whole = streams
         for stage in () if self.pool_after is None else chosen[self.pool_after :]:
             streams = stage(streams)  # type: ignore[operator]
-        pooled = {name: self._pool(name, tokens, batch) for name, tokens in whole.items()}
+        pooled = {} if at is not None else {name: self._pool(name, tokens, batch) for name, tokens in whole.items()}
         answers = {name: head(streams, pooled, self.modalities) for name, head in self.heads.items()}  # type: ignore[operator]
         logits = {name: value for name, value in answers.items() if value is not None}
-        if self.embed is None:
+        if self.embed is None or at is not None:
             return Outputs(streams, pooled, {}, logits)
         embeddings = {}
         for name in self.modalities:

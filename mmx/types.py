@@ -44,7 +44,10 @@ class Tokens:
     `groups (B, L)`: tokens of a causal stream with the same number, if it is not -1, see each other in both directions (the
     prefix of a prefix-LM). `slots` says for another stream which of its tokens stand in the places of these, -1: none;
     `{stream: (B, L)}` counts through an example's, `{stream: (B, L, 2)}` tells row and place; `mmx.topologies.Insert` puts
-    them there. Or, for `mmx.topologies.Scatter`, to which token of that stream each of these is added.
+    them there; or the row and place of the token that each of these is added to, by `mmx.topologies.Scatter`.
+
+    `at (B, n)`: where a stream is written token by token, `values (B, n, D)` hold only those of these places, and all else that
+    is told of it tells of all its `whole` places. None: they hold all.
     """
 
     values: jax.Array
@@ -52,21 +55,41 @@ class Tokens:
     coordinates: Any = None
     groups: Any = None
     slots: Any = None
+    at: Any = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     special: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    whole: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def length(self) -> int:
+        """How many places it has, L."""
+        return self.values.shape[1] if self.whole is None else self.whole
+
+    def only(self, at: jax.Array) -> "Tokens":
+        """The tokens of the places `at (B, n)`."""
+        values = jnp.take_along_axis(self.values, at[..., None], 1)
+        return dataclasses.replace(self, values=values, at=at, whole=self.length)
 
     @property
     def dense_mask(self) -> jax.Array:
         """The mask as an array `(B, L)`, also where it is None."""
-        return jnp.ones(self.values.shape[:2], bool) if self.mask is None else self.mask
+        return jnp.ones((len(self.values), self.length), bool) if self.mask is None else self.mask
 
     @property
     def without_special(self) -> "Tokens":
         """The tokens behind the special ones."""
-        n = len(self.special)
-        cut = {name: jax.tree.map(lambda x: x[:, n:], getattr(self, name)) for name in ("values", "mask", "groups", "slots")}
-        coordinates = None if self.coordinates is None else self.coordinates[..., n:, :]
-        return dataclasses.replace(self, **cut, coordinates=coordinates, special=())
+        return self.behind(len(self.special), special=())
+
+    def behind(self, n: int, **change: Any) -> "Tokens":
+        """The tokens behind the first n."""
+        cut = {name: jax.tree.map(lambda x: x[:, n:], getattr(self, name)) for name in ("mask", "groups", "slots")}
+        if self.coordinates is not None:
+            cut["coordinates"] = self.coordinates[..., n:, :]
+        if self.at is None:
+            cut["values"] = self.values[:, n:]
+        else:
+            cut |= {"at": self.at - n, "whole": self.length - n}
+        return dataclasses.replace(self, **cut, **change)
 
     @property
     def present(self) -> jax.Array:

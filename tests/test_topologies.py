@@ -933,7 +933,8 @@ def test_insert_puts_tokens_where_slots_say(rng, hidden):
 def test_scatter_adds_tokens_to_those_they_are_of(rng):
     """Two clips of one video and one of another; a frame may be in several, and what is masked is in none."""
     frame, video = rng.standard_normal((3, 2, 8)).astype("f"), rng.standard_normal((2, 4, 8)).astype("f")
-    slots, there = np.asarray([[0, 2], [2, 3], [5, -1]]), np.asarray([[1, 1], [1, 0], [1, 1]], bool)
+    slots = np.asarray([[[0, 0], [0, 2]], [[0, 2], [0, 3]], [[1, 1], [-1, -1]]])
+    there = np.asarray([[1, 1], [1, 0], [1, 1]], bool)
     streams = {"frame": Tokens(frame, there, slots={"video": slots}), "video": Tokens(video)}
     out = Scatter("frame", "video").apply({}, streams)
     expected = video.copy()

@@ -1,5 +1,6 @@
 """Attention, and the one place where a kernel is chosen."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Sight:
         scale: a further factor of the scores; None: none.
         lines: the streams that stand one behind the other; read by relative positions.
         reads: the rule who may see what of a context, `(L, M)`, a constant; None: all.
+        at: where a stream is written token by token: the places of those that ask, `(B, n)`; all else tells of all places.
     """
 
     mask: Any = None
@@ -49,6 +51,24 @@ class Sight:
     scale: Any = None
     lines: tuple[Line, ...] = flax.struct.field(pytree_node=False, default=())
     reads: Any = None
+    at: Any = None
+
+    def of_those_who_ask(self) -> "Sight":
+        """Rules, positions and biases of the places `at` alone."""
+        if self.at is None:
+            return self
+        taken = {name: None if (x := getattr(self, name)) is None else _rows(x, self.at) for name in ("visible", "bias", "reads")}
+        if self.coordinates is not None:
+            where = jnp.asarray(self.coordinates)
+            taken["coordinates"] = where[self.at] if where.ndim == 2 else jnp.take_along_axis(where, self.at[..., None], 1)
+        return dataclasses.replace(self, **taken)
+
+
+def _rows(rule: Any, at: jax.Array) -> jax.Array:
+    """The rows `at (B, n)` of `(L, M)`, `(H, L, M)` or `(B, H, L, M)`: `(B, 1 or H, n, M)`."""
+    rule = jnp.asarray(rule)
+    rule = rule.reshape(1, *[1] * (3 - rule.ndim), *rule.shape) if rule.ndim < 4 else rule
+    return jnp.take_along_axis(rule, at[:, None, :, None], 2)
 
 
 def each_part(x: jax.Array, parts: Sequence[tuple[str, int]], make: Callable[[str], Any]) -> jax.Array:
@@ -145,6 +165,7 @@ class Attention(nn.Module):
             parts = self.parts if y is x else ()
             return constrain(each_part(y, parts, dense), "batch", "length", "heads", "head")
 
+        sight = sight.of_those_who_ask()
         query = heads(x, self.heads, "query")
         key, value = (heads(x if context is None else context, self.kv_heads, name) for name in ("key", "value"))
         if self.qk_norm:
@@ -153,6 +174,8 @@ class Attention(nn.Module):
         if self.rotary and context is None:
             where = np.arange(x.shape[1])[:, None] if sight.coordinates is None else sight.coordinates
             query, key = (rotate(y, where, self.rotary) for y in (query, key))
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            key, value = (self._remember(name, y, sight.at) for name, y in (("key", key), ("value", value)))
         query = query if sight.scale is None else query * jnp.asarray(sight.scale, query.dtype)
         asked = self.is_mutable_collection("attentions") and not self.is_initializing()
         see = self._leave_weights if asked else None
@@ -165,6 +188,14 @@ class Attention(nn.Module):
             return DenseGeneral(x.shape[-1], axis=(-2, -1), use_bias="out" in self.bias, dtype=self.dtype, name="out" + end)
 
         return each_part(y, self.parts, out)
+
+    def _remember(self, name: str, new: jax.Array, at: jax.Array | None) -> jax.Array:
+        """The keys or values of all places, those of the places `at` put among those that are known (KV cache)."""
+        if at is not None:
+            known = self.get_variable("cache", name)
+            new = known if not new.shape[1] else known.at[jnp.arange(len(new))[:, None], at].set(new)
+        self.put_variable("cache", name, new)
+        return new
 
     def _leave_weights(self, weights: Any) -> None:
         self.sow("attentions", "weights", weights, reduce_fn=lambda _, new: new, init_fn=lambda: None)

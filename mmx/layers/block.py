@@ -228,7 +228,7 @@ class Block(nn.Module):
                 elif kind == "both":
                     y = attention(y, _both(sight, x.shape[:2], context_mask, source.shape[:2]), source)
                 else:
-                    y = attention(y, Sight(context_mask, sight.reads), source)
+                    y = attention(y, Sight(context_mask, sight.reads, at=sight.at), source)
                     if context_mask is not None:  # nothing to read: not even the bias of the output
                         y = jnp.where(context_mask.any(-1)[:, None, None], y, 0.0)
             if c.layer_scale is not None:

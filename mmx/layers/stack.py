@@ -18,6 +18,7 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 SOWN = ("intermediates", "attentions")  # collections of what layers leave for who wants to look
+CACHE = "cache"  # keys and values of what was read and written before
 
 
 def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., Any]:
@@ -30,7 +31,7 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
         layer = nn.remat(layer, prevent_cse=one_by_one, policy=POLICIES[config.remat])
     scanned = nn.scan(
         layer,
-        variable_axes={"params": 0, **dict.fromkeys(SOWN, 0)},
+        variable_axes={"params": 0, CACHE: 0, **dict.fromkeys(SOWN, 0)},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=depth,
@@ -48,11 +49,13 @@ def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *f
             return module(carry, own, shared)
         keys = jax.tree.map(lambda key: jax.random.split(key, depth), dict(module.scope.rngs))  # type: ignore[union-attr]
         stacked, left = module.variables["params"], []
-        sown = [name for name in SOWN if module.is_mutable_collection(name)]
+        written = [name for name in (CACHE, *SOWN) if module.is_mutable_collection(name)]
+        known = {name: module.variables[name] for name in (CACHE,) if name in module.variables}
         for i in range(depth):
             params = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=lambda x: isinstance(x, tuple))
-            mine, rngs = jax.tree.map(lambda x, i=i: x[i], (own, keys))
-            (carry, state), variables = single.apply({"params": params}, carry, mine, shared, rngs=rngs, mutable=sown)
+            mine, rngs, cache = jax.tree.map(lambda x, i=i: x[i], (own, keys, known))
+            given = {"params": params, **cache}
+            (carry, state), variables = single.apply(given, carry, mine, shared, rngs=rngs, mutable=written)
             left.append((state, variables))
         states, variables = jax.tree.map(lambda *each: jnp.stack(each), *left)
         for collection, values in variables.items():

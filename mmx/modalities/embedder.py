@@ -40,8 +40,8 @@ class Embedder(nn.Module, kw_only=True):
         hidden (B, L)   where the mask token stands instead of the embedding (BEiT), if there is one
         group (B, L)    tokens of a causal text with the same number see each other both ways; -1: only what is before
         slots           {stream: which token of that stream stands here, counted through the example's; -1: none}, `(B, L)`;
-                        or its (row, place) where the rows of that stream are not the examples, `(B, L, 2)`; or to which
-                        this one is added, counted through all examples': `mmx.topologies.Insert`, `Scatter`
+                        or its (row, place) where the rows of that stream are not the examples, `(B, L, 2)`
+                        (`mmx.topologies.Insert`); or the (row, place) of the token this one is added to (`Scatter`)
 
     Args:
         width: size of a token, D; None: the model's.

@@ -87,9 +87,5 @@ class Adapt(Stage):
         return self.param(f"{name}_position", INITIAL, (self.positions, width))[:length]
 
     def _choose(self, tokens: Tokens) -> Tokens:
-        mask = None if self.unmask or tokens.mask is None else tokens.mask[:, self.drop :]
-        if not self.drop:
-            return dataclasses.replace(tokens, mask=mask)
-        where = None if tokens.coordinates is None else tokens.coordinates[..., self.drop :, :]
-        values, special = tokens.values[:, self.drop :], tokens.special[self.drop :]
-        return dataclasses.replace(tokens, values=values, mask=mask, coordinates=where, special=special)
+        tokens = tokens.behind(self.drop, special=tokens.special[self.drop :]) if self.drop else tokens
+        return dataclasses.replace(tokens, mask=None) if self.unmask else tokens

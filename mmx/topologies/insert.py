@@ -66,7 +66,9 @@ class Insert(Stage):
         source = self._mapped(streams[self.source], target.values.shape[-1])
         if slots is None:
             return {self.source: source}
-        values = jnp.where(empty[..., None], target.values, _taken(source.values, slots, jnp.nan))
+        values = target.values
+        if target.at is None:  # what is written behind a prompt keeps no places
+            values = jnp.where(empty[..., None], values, _taken(source.values, slots, jnp.nan))
         mask = target.mask
         if mask is not None or source.mask is not None:
             mask = target.dense_mask & (empty | _taken(source.dense_mask, slots, True))
@@ -84,11 +86,11 @@ class Insert(Stage):
 class Scatter(Stage):
     """Adds the tokens of one stream to those of another, each to the one that it says it is of.
 
-        Z_into[i] <- Z_into[i] + sum of Z_source[l] over all l where slots[l] = i
+        Z_into[i] <- Z_into[i] + sum of Z_source[l] over all l where slots[l] = i,  i = (row, place)
 
     Frames that were read with their subtitles, clip by clip, come back to the whole video (HERO, arXiv 2005.00200). The raw
-    value of the source tells where they go: `{"features": (C, L, size), "slots": {"video": (C, L)}}`; slots count through all
-    tokens of all examples, special ones included, -1: nowhere. The two streams may have different numbers of rows.
+    value of the source tells where they go: `{"features": (C, L, size), "slots": {"video": (C, L, 2)}}`, -1: nowhere; special
+    tokens count. The two streams may have different numbers of rows.
 
     A source of another width is projected; what is masked is not added; the source stays as it is.
 
@@ -110,11 +112,10 @@ class Scatter(Stage):
         source, into = streams.get(self.source), streams.get(self.into)
         slots = None if source is None else (source.slots or {}).get(self.into)
         if source is not None and into is not None and slots is not None:
-            flat = jnp.asarray(into.values).reshape(-1, into.values.shape[-1])
-            values = fit(source, flat.shape[-1], self.source).values
-            at = jnp.where(source.dense_mask & (slots >= 0), slots, len(flat)).reshape(-1)  # behind the last one: dropped
-            flat = flat.at[at].add(values.reshape(-1, flat.shape[-1]), mode="drop")
-            new[self.into] = dataclasses.replace(into, values=flat.reshape(into.values.shape))
+            values = fit(source, into.values.shape[-1], self.source).values
+            row = jnp.where(source.dense_mask & (slots[..., 0] >= 0), slots[..., 0], len(into.values))  # behind the last: dropped
+            added = jnp.asarray(into.values).at[row, slots[..., 1]].add(values, mode="drop")
+            new[self.into] = dataclasses.replace(into, values=added)
         sow_states(self, {name: tokens.values for name, tokens in new.items()})
         return new
 

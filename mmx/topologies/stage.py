@@ -83,7 +83,7 @@ def norm_each(values: dict[str, jax.Array], owners: Mapping[str, str], blocks: M
 
 def lengths(streams: Streams) -> dict[str, int]:
     """Tokens of each stream, those that are masked too."""
-    return {name: tokens.values.shape[1] for name, tokens in streams.items()}
+    return {name: tokens.length for name, tokens in streams.items()}
 
 
 def sight(streams: Streams, sees: Mapping[str, Collection[str]] | None = None, places: str = "own") -> Sight:
@@ -91,17 +91,18 @@ def sight(streams: Streams, sees: Mapping[str, Collection[str]] | None = None, p
     joint = concatenate(streams)
     causal = [name for name, tokens in streams.items() if tokens.causal]
     visible = _with_groups(visibility(lengths(streams), causal, sees), streams)
+    where, lines = joint.coordinates, tuple(_line(t) for t in streams.values())
     if places == "continued":
-        place = jnp.maximum(jnp.cumsum(joint.dense_mask, 1) - 1, 0)[..., None]  # (B, L, 1): what is masked takes no place
-        return Sight(joint.mask, visible, place, lines=(Line(joint.values.shape[1]),))
-    return Sight(joint.mask, visible, joint.coordinates, lines=tuple(_line(t) for t in streams.values()))
+        where = jnp.maximum(jnp.cumsum(joint.dense_mask, 1) - 1, 0)[..., None]  # (B, L, 1): what is masked takes no place
+        lines = (Line(joint.length),)
+    return Sight(joint.mask, visible, where, lines=lines, at=joint.at)
 
 
 def _with_groups(visible: Any, streams: Streams) -> Any:
     """The rule who may see whom, and beside it the groups of tokens of one stream that see each other: `(B, 1, L, L)`."""
     if visible is None or all(tokens.groups is None for tokens in streams.values()):
         return visible
-    each = [jnp.full(t.values.shape[:2], -1) if t.groups is None else t.groups for t in streams.values()]
+    each = [jnp.full(t.dense_mask.shape, -1) if t.groups is None else t.groups for t in streams.values()]
     groups, owner = jnp.concatenate(each, 1), np.repeat(np.arange(len(each)), list(lengths(streams).values()))
     same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, :, None] & (owner[:, None] == owner)
     return (visible | same)[:, None]
@@ -113,23 +114,26 @@ def _line(tokens: Tokens) -> Line:
     grid = tuple(int(n) + 1 for n in where.max(0)) if isinstance(where, np.ndarray) and where.ndim == 2 else None
     if grid and math.prod(grid) + special != len(where):
         grid = None
-    return Line(tokens.values.shape[1], special, grid)
+    return Line(tokens.length, special, grid)
 
 
 def concatenate(streams: Streams) -> Tokens:
     """C(Z_1, ..., Z_M): all tokens of all streams in one, `(B, sum of L, D)`."""
     tokens = list(streams.values())
-    whole = all(t.mask is None for t in tokens)
+    unmasked, starts = all(t.mask is None for t in tokens), np.cumsum([0, *(t.length for t in tokens)])
+    parted = any(t.at is not None for t in tokens)
     return Tokens(
         jnp.concatenate([t.values for t in tokens], 1),
-        None if whole else jnp.concatenate([t.dense_mask for t in tokens], 1),
+        None if unmasked else jnp.concatenate([t.dense_mask for t in tokens], 1),
         _join_coordinates(tokens),
+        at=jnp.concatenate([t.at + start for t, start in zip(tokens, starts, strict=False)], 1) if parted else None,
+        whole=int(starts[-1]) if parted else None,
     )
 
 
 def split(values: jax.Array, streams: Streams) -> Streams:
     """Undoes `concatenate`: gives every stream its part of `values`."""
-    ends = np.cumsum(list(lengths(streams).values()))
+    ends = np.cumsum([tokens.values.shape[1] for tokens in streams.values()])
     parts = jnp.split(values, ends[:-1], axis=1)
     return {name: dataclasses.replace(tokens, values=part) for (name, tokens), part in zip(streams.items(), parts, strict=True)}
 
@@ -139,7 +143,7 @@ def _join_coordinates(tokens: list[Tokens]) -> jax.Array:
 
     Always on three, so that who else is there changes nobody's place.
     """
-    where = [np.arange(t.values.shape[1])[:, None] if t.coordinates is None else t.coordinates for t in tokens]
+    where = [np.arange(t.length)[:, None] if t.coordinates is None else t.coordinates for t in tokens]
     per_example = any(w.ndim == 3 for w in where)
     lifted = []
     for w, t in zip(where, tokens, strict=True):

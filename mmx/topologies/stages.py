@@ -13,7 +13,7 @@ from mmx.errors import InputError, unknown
 from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, make_norm, sublayer_names
 from mmx.layers.block import SUBLAYERS
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
-from mmx.topologies.stage import Stage, concatenate, fit, given, lengths, norm_each, sight, split
+from mmx.topologies.stage import Stage, concatenate, fit, given, norm_each, sight, split
 from mmx.types import Streams, Tokens
 
 FUSED = "fused"  # the name of the stream that summation and gathering leave
@@ -150,7 +150,7 @@ class Joint(Stage):
             raise InputError("Joint.places: " + unknown("way to count", self.places, PLACES))
         block = given(self.block, self)
         chosen = {name: fit(tokens, block.width, name) for name, tokens in chosen.items()}
-        parts = tuple(lengths(chosen).items())
+        parts = tuple((name, tokens.values.shape[1]) for name, tokens in chosen.items())
         stack = Stack(self.depth, block, self.sublayers, parts, self.multiway, name="stack")
         return {**streams, **split(stack(concatenate(chosen).values, sight(chosen, self.sees, self.places)), chosen)}
 
@@ -247,7 +247,7 @@ class Cross(Stage):
         own = sight({name: streams[name]})
         if not self.past or not read:
             return own
-        length, others = streams[name].values.shape[1], [streams[n].values.shape[1] for n in read]
+        length, others = streams[name].length, [streams[n].length for n in read]
         rules = [np.tri(length, other, abs(length - other), dtype=bool) for other in others]
         return dataclasses.replace(own, reads=np.concatenate(rules, 1))
 

@@ -19,7 +19,7 @@ def start_id(c: Any) -> int:
     return c.pad_token_id if c.decoder_start_token_id is None else c.decoder_start_token_id
 
 
-GENERATION = Generation("decoder_input_ids", "decoder_attention_mask", start=start_id)
+GENERATION = Generation(TARGET, "decoder_input_ids", "decoder_attention_mask", start=start_id)
 
 
 def stages(source: str, depth: int, block: BlockConfig, target_depth: int, target_block: BlockConfig) -> tuple[Stage, ...]:

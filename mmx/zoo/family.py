@@ -79,6 +79,7 @@ class Generation:
     """The names a family goes by when it writes.
 
     Args:
+        stream: what is written, as the model names it.
         ids: of what is written.
         mask: which of it exists.
         places: whether the places of tokens are told, counted over those that exist: prompts may be padded on the left.
@@ -87,6 +88,7 @@ class Generation:
             stands in `ids`.
     """
 
+    stream: str = "text"
     ids: str = "input_ids"
     mask: str = "attention_mask"
     places: bool = False

@@ -175,7 +175,8 @@ def _videos(inputs: Mapping[str, Any], clips: dict[str, Any], order: Any = None)
     if frame_of is not None and "frame" in clips:
         each = inputs.get("num_subs", jnp.full(size, len(frame_of) // size))
         video_of = jnp.searchsorted(jnp.cumsum(each), jnp.arange(len(frame_of)), side="right")[:, None]
-        slots = jnp.where(frame_of < 0, -1, video_of * length + order[video_of, frame_of])
+        place = jnp.stack(jnp.broadcast_arrays(video_of, order[video_of, frame_of]), -1)  # (C, F, 2)
+        slots = jnp.where(frame_of[..., None] < 0, -1, place)
         batch["frame"] = dataclasses.replace(clips["frame"], array={**clips["frame"].array, "slots": {"video": slots}})
     return batch
 

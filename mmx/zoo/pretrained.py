@@ -164,26 +164,31 @@ def _generate(
 ) -> dict[str, jax.Array]:
     names = family.generation
     assert names is not None
-    prompt = inputs[names.ids].shape[1]
-    ids, mask = (jnp.pad(inputs[name], ((0, 0), (0, count))) for name in (names.ids, names.mask))
+    size, prompt = inputs[names.ids].shape
+    ids, mask = (
+        jnp.pad(inputs[names.ids], ((0, 0), (0, count))),
+        jnp.pad(inputs[names.mask], ((0, 0), (0, count)), constant_values=1),
+    )
     beside = {n: jnp.pad(inputs[n], ((0, 0), (0, count)), constant_values=value) for n, value in names.beside.items()}
+    given = {**inputs, **beside, names.mask: mask}
+    if names.places:
+        given["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
 
-    def logits_of(ids: jax.Array, mask: jax.Array) -> jax.Array:
-        now = {**inputs, **beside, names.ids: ids, names.mask: mask}
-        if names.places:
-            now["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-        return _forward(family, model, config, (), flags, params, now)["logits"]
+    def scores_of(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+        fields, _, cache = _call(family, model, config, (), flags, params, {**given, names.ids: ids}, cache, at)
+        return fields["logits"], cache
 
-    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        ids, mask, written = carry
-        scores = logits_of(ids, mask)
-        scores = scores[:, scores.shape[1] - ids.shape[1] + prompt + i - 1]  # (B, V); a prefix of an image stands before the ids
+    def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, scores, cache, written = carry
         ids = ids.at[:, prompt + i].set(scores.argmax(-1).astype(ids.dtype))
-        return ids, mask.at[:, prompt + i].set(1), written.at[:, i].set(scores)
+        written = written.at[:, i].set(scores)
+        scores, cache = scores_of(ids, cache, jnp.full((size, 1), prompt + i))
+        return ids, scores[:, 0], cache, written
 
-    vocab = jax.eval_shape(logits_of, ids, mask)
-    written = jnp.zeros((len(ids), count, vocab.shape[-1]), vocab.dtype)
-    ids, _, written = jax.lax.fori_loop(0, count, step, (ids, mask, written))
+    scores, cache = scores_of(ids, {}, None)
+    scores = scores[:, scores.shape[1] - ids.shape[1] + prompt - 1]  # (B, V); a prefix of an image stands before the ids
+    written = jnp.zeros((size, count, scores.shape[-1]), scores.dtype)
+    ids, _, _, written = jax.lax.fori_loop(0, count, step, (ids, scores, cache, written))
     return {"sequences": ids, "logits": written}
 
 
@@ -197,17 +202,41 @@ def _forward(
     params: Params,
     inputs: Batch,
 ) -> dict[str, Any]:
-    left = ["intermediates", *({"attentions"} & {*wanted})]
+    fields, taken, _ = _call(family, model, config, wanted, flags, params, inputs)
+    if ignored := {*inputs, *dict(flags)} - taken:
+        raise InputError(f"{family.name}: " + unknown("input", sorted(ignored)[0], taken))
+    return fields
+
+
+def _call(
+    family: Family,
+    model: MultimodalTransformer,
+    config: Any,
+    wanted: tuple[str, ...],
+    flags: Flags,
+    params: Params,
+    inputs: Batch,
+    cache: Mapping[str, Any] | None = None,
+    at: jax.Array | None = None,
+) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
+    """Published outputs, the inputs that were read, and, with a `cache`, the keys and values that the calls left.
+
+    `at (B, n)`: only the tokens at these places of what is written go through the model (`MultimodalTransformer.__call__`).
+    """
+    left = ["intermediates", *({"attentions"} & {*wanted}), *(["cache"] if cache is not None else [])]
+    caches: dict[str, Any] = {}
 
     def run(batch: Batch, causal: Sequence[str] = (), stages: int | None = None) -> Run:
-        out, more = model.apply({"params": params}, batch, tuple(causal), stages, mutable=left)
-        return Run(out, more["intermediates"], more.get("attentions", {}))  # type: ignore[arg-type]
+        name = str(len(caches))
+        known = {"cache": cache[name]} if cache else {}
+        places = None if at is None else {family.generation.stream: at}
+        out, more = model.apply({"params": params, **known}, batch, tuple(causal), stages, places, mutable=left)
+        caches[name] = more.get("cache", {})
+        return Run(out, more.get("intermediates", {}), more.get("attentions", {}))  # type: ignore[arg-type]
 
     read = _Inputs({**inputs, **dict(flags)}, family.name)
     fields = family.forward(run, config, read)
-    if ignored := set(read) - read.taken:
-        raise InputError(f"{family.name}: " + unknown("input", sorted(ignored)[0], read.taken))
-    return _present(fields, tuple(name for name in INSIDE if name not in wanted))
+    return _present(fields, tuple(name for name in INSIDE if name not in wanted)), read.taken, caches
 
 
 def _present(fields: Mapping[str, Any], unwanted: tuple[str, ...]) -> dict[str, Any]:
