@@ -165,12 +165,12 @@ def _generate(
     names = family.generation
     assert names is not None
     size, prompt = inputs[names.ids].shape
-    ids, mask = (
-        jnp.pad(inputs[names.ids], ((0, 0), (0, count))),
-        jnp.pad(inputs[names.mask], ((0, 0), (0, count)), constant_values=1),
-    )
-    beside = {n: jnp.pad(inputs[n], ((0, 0), (0, count)), constant_values=value) for n, value in names.beside.items()}
-    given = {**inputs, **beside, names.mask: mask}
+
+    def longer(name: str, value: int) -> jax.Array:
+        return jnp.pad(inputs[name], ((0, 0), (0, count)), constant_values=value)
+
+    ids, mask = longer(names.ids, 0), longer(names.mask, 1)
+    given = {**inputs, names.mask: mask, **{name: longer(name, value) for name, value in names.beside.items()}}
     if names.places:
         given["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
 
@@ -229,7 +229,7 @@ def _call(
     def run(batch: Batch, causal: Sequence[str] = (), stages: int | None = None) -> Run:
         name = str(len(caches))
         known = {"cache": cache[name]} if cache else {}
-        places = None if at is None else {family.generation.stream: at}
+        places = {family.generation.stream: at} if at is not None and family.generation is not None else None
         out, more = model.apply({"params": params, **known}, batch, tuple(causal), stages, places, mutable=left)
         caches[name] = more.get("cache", {})
         return Run(out, more.get("intermediates", {}), more.get("attentions", {}))  # type: ignore[arg-type]
