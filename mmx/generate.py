@@ -37,15 +37,26 @@ def greedy(
     """
     size = jax.tree.leaves(given)[0].shape[0]
     beside, others = given.get(text, {}), {name: value for name, value in given.items() if name != text}
+    everywhere = jnp.ones((size, length), bool)  # what stands behind the place that is written is seen by nobody
 
-    def step(position: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        ids, alive = carry
-        mask = jnp.broadcast_to(jnp.arange(length) <= position, ids.shape)
+    def scores_of(ids: jax.Array, place: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Scores `(B, V)` of what comes behind a place, and the keys and values so far."""
         raw = {**beside, "ids": ids} if beside else ids
-        out: Any = model.apply({"params": params}, {**others, text: Masked(raw, mask)}, (text,))
-        best = out.logits[head][:, position].argmax(-1).astype(jnp.int32)
-        ids = ids.at[:, position + 1].set(jnp.where(alive, best, pad))
-        return ids, alive & (best != end)
+        batch = {**others, text: Masked(raw, everywhere)}
+        at = {text: jnp.broadcast_to(place, (size, 1))} if cache else None
+        left = ["cache"] if model.caches else []
+        out: Any
+        out, more = model.apply({"params": params, **cache}, batch, (text,), None, at, mutable=left)
+        logits = out.logits[head]
+        return logits[:, 0] if cache else jax.lax.dynamic_index_in_dim(logits, place, 1, keepdims=False), dict(more)
+
+    def step(position: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, scores, alive, cache = carry
+        best = scores.argmax(-1).astype(jnp.int32)
+        ids = ids.at[:, position].set(jnp.where(alive, best, pad))
+        scores, cache = scores_of(ids, position, cache)
+        return ids, scores, alive & (best != end), cache
 
     ids = jnp.full((size, length), pad, jnp.int32).at[:, 0].set(begin)
-    return jax.lax.fori_loop(0, length - 1, step, (ids, jnp.ones(size, bool)))[0]
+    scores, cache = scores_of(ids, jnp.int32(0), {})
+    return jax.lax.fori_loop(1, length, step, (ids, scores, jnp.ones(size, bool), cache))[0]

@@ -1,6 +1,7 @@
 """What turns streams into answers: poolers, projections into the shared space, classifiers, tied decoders.
 
-A head is called as `head(streams, pooled, modalities)`; it returns None where what it reads is absent from the batch.
+A head is called as `head(streams, pooled, modalities)`; it returns None where what it reads is absent from the batch. One that
+is `per_token` reads no vector of a stream, and acts while a stream is written token by token, too.
 """
 
 import dataclasses
@@ -229,6 +230,7 @@ class TokenClassifier(nn.Module):
         special: whether only the learned tokens in front have one (DeiT), and not every token.
     """
 
+    per_token = True
     classes: int | Mapping[str, int]
     stream: str | tuple[str, ...] | None
     transform: bool = True
@@ -315,6 +317,7 @@ class TiedDecoder(nn.Module):
         streams: whose tokens are scored, one stream behind the other (VisualBERT); (): those of the modality.
     """
 
+    per_token = True
     modality: str
     transform: bool = True
     activation: str | None = None

@@ -80,7 +80,8 @@ class MultimodalTransformer(nn.Module):
         for stage in () if self.pool_after is None else chosen[self.pool_after :]:
             streams = stage(streams)  # type: ignore[operator]
         pooled = {} if at is not None else {name: self._pool(name, tokens, batch) for name, tokens in whole.items()}
-        answers = {name: head(streams, pooled, self.modalities) for name, head in self.heads.items()}  # type: ignore[operator]
+        heads = {name: head for name, head in self.heads.items() if at is None or getattr(head, "per_token", False)}
+        answers = {name: head(streams, pooled, self.modalities) for name, head in heads.items()}  # type: ignore[operator]
         logits = {name: value for name, value in answers.items() if value is not None}
         if self.embed is None or at is not None:
             return Outputs(streams, pooled, {}, logits)
@@ -101,6 +102,11 @@ class MultimodalTransformer(nn.Module):
         if name not in self.poolers:
             return mean_pool(tokens)
         return _of_present(self.poolers[name](tokens, batch.get(name)), tokens)  # type: ignore[operator]
+
+    @property
+    def caches(self) -> bool:
+        """Whether its streams can be written token by token, with keys and values kept in the collection "cache"."""
+        return all(stage.caches for stage in self.stages)
 
     def __hash__(self) -> int:
         """By identity, so that a model can be a static argument of jit; its fields hold dicts."""

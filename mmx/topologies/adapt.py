@@ -48,6 +48,10 @@ class Adapt(Stage):
     drop: int = 0
     unmask: bool = False
 
+    @property
+    def caches(self) -> bool:
+        return True
+
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         new, modules = dict(streams), {}

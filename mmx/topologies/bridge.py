@@ -38,6 +38,10 @@ class Bridge(Cross):
     each: bool = False
     towers: Mapping[str, bool] | None = None
 
+    @property
+    def caches(self) -> bool:
+        return False
+
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         entered, arriving, left = dict(streams), {}, {}

@@ -87,6 +87,10 @@ class Norm(Stage):
     eps: Mapping[str, float] | None = None
     block: BlockConfig | None = None
 
+    @property
+    def caches(self) -> bool:
+        return True
+
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         dtypes = {name: tokens.values.dtype for name, tokens in streams.items()}

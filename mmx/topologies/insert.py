@@ -45,6 +45,10 @@ class Insert(Stage):
     special: bool = False
 
     @property
+    def caches(self) -> bool:
+        return True
+
+    @property
     def separate(self) -> bool:
         return False
 

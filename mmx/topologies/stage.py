@@ -33,6 +33,16 @@ class Stage(nn.Module):
     def separate(self) -> bool:
         return True
 
+    @property
+    def caches(self) -> bool:
+        """Whether a stream can be written token by token: one passes alone, and reads what the stage remembers of the others."""
+        return False
+
+
+def caches(sublayers: str) -> bool:
+    """Whether layers of this word remember keys and values."""
+    return {*sublayers.split()} <= {"self", "cross", "mlp"}
+
 
 def fill_block(stage: Stage, block: BlockConfig) -> Stage:
     """Returns the stage with `block` where it has none of its own, and in any case with its type of computation."""

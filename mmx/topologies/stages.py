@@ -13,7 +13,7 @@ from mmx.errors import InputError, unknown
 from mmx.layers import MULTIWAY, Block, BlockConfig, Sight, Stack, make_norm, sublayer_names
 from mmx.layers.block import SUBLAYERS
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
-from mmx.topologies.stage import Stage, concatenate, fit, given, norm_each, sight, split
+from mmx.topologies.stage import Stage, caches, concatenate, fit, given, norm_each, sight, split
 from mmx.types import Streams, Tokens
 
 FUSED = "fused"  # the name of the stream that summation and gathering leave
@@ -94,6 +94,10 @@ class PerStream(Stage):
     sublayers: str = "self mlp"
     taken: Mapping[str, tuple[int, ...]] | None = None
 
+    @property
+    def caches(self) -> bool:
+        return caches(self.sublayers)
+
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         stacks: dict[str, Stack] = {}
@@ -137,6 +141,10 @@ class Joint(Stage):
     multiway: tuple[str, ...] = ()
     places: str = "own"
     streams: tuple[str, ...] | None = None
+
+    @property
+    def caches(self) -> bool:
+        return caches(self.sublayers)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -191,6 +199,10 @@ class Cross(Stage):
     together: tuple[str, ...] = ()
     past: bool = False
     apart: bool = False
+
+    @property
+    def caches(self) -> bool:
+        return not self.together and caches(self.sublayers)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
