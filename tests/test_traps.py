@@ -63,6 +63,24 @@ TRAPS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], str]]] = {
     "VisionTextDualEncoderModel": {
         "a pooler with tanh": ({"model/poolers/image/activation": None}, "image_embeds"),
     },
+    "MulT": {
+        "nobody reads what is further along, of others either": ({"model/stages/1/past": False}, "output"),
+        "a number more may be read than lengths differ in": ({"attn_mask": False}, "output"),
+        "embeddings times the root of the width": ({"model/stages/0/scale": 1.0}, "output"),
+        "a step whose first number is 0 counts as padding": ({"model/stages/0/positions": None}, "output"),
+        "one norm for what asks and what is read": ({"model/stages/1/block/context_norm": None}, "output"),
+    },
+    "BEiT3": {
+        "places begin at row 2": ({"params/modalities_text/position": lambda table: np.roll(table, 2, 0)}, "encoder_out"),
+        "norms inside attention and MLP": ({"model/stages/0/block/inner_norm": None}, "encoder_out"),
+    },
+    "BridgeTowerModel": {
+        "links are added and normalised, eps": ({"layer_norm_eps": 1e-3}, "text_features"),
+        "the image tower's GELU is quick": ({"model/stages/0/block/image/activation": "gelu"}, "image_features"),
+    },
+    "TapasModel": {
+        "places begin again in every cell": ({"reset_position_index_per_cell": False}, LAST),
+    },
     "BeitForMaskedImageModeling": {
         "relative positions in every layer": ({"model/stages/0/block/relative": None}, "logits"),
         "scaled residuals": ({"model/stages/0/block/layer_scale": None}, "logits"),
