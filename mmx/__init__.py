@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train, zoo
     from mmx.flops import count_flops
-    from mmx.generate import greedy
+    from mmx.generation import Decoding, generate
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
     from mmx.pretrained import load_pretrained
     from mmx.profiling import profile
@@ -46,7 +46,8 @@ _NAMES = {
     "count_flops": "mmx.flops",
     "count_parameters": "mmx.model",
     "example_batch": "mmx.model",
-    "greedy": "mmx.generate",
+    "Decoding": "mmx.generation",
+    "generate": "mmx.generation",
     "Pretrained": "mmx.zoo",
     "create_model": "mmx.zoo",
     "list_models": "mmx.zoo",
@@ -55,6 +56,7 @@ _NAMES = {
     "save_pretrained": "mmx.zoo",
 }
 __all__ = [
+    "Decoding",
     "Experiment",
     "Masked",
     "MultimodalTransformer",
@@ -68,7 +70,7 @@ __all__ = [
     "data",
     "evaluate",
     "example_batch",
-    "greedy",
+    "generate",
     "heads",
     "layers",
     "list_models",

@@ -64,7 +64,9 @@ def test_greedy_is_the_likeliest_next_token_step_by_step(tiny):
     assert tokenizer is not None
     (batch, _) = next(at.data.evaluation("composition[:8]", 8))
     given = {"image": batch["image"]}
-    ids = np.asarray(mmx.greedy(model, at.params, given, length=12, begin=tokenizer.begin, end=tokenizer.end))
+    ids = np.asarray(
+        mmx.generate(model, at.params, given, length=12, begin=tokenizer.begin, decoding=mmx.Decoding(end=(tokenizer.end,)))
+    )
     expected = np.full((8, 12), 0)
     expected[:, 0] = tokenizer.begin
     apply = jax.jit(lambda text: model.apply({"params": at.params}, {**given, "text": text}, ("text",)).logits["captioning"])
@@ -73,6 +75,9 @@ def test_greedy_is_the_likeliest_next_token_step_by_step(tiny):
         ended = (expected[:, 1 : step + 1] == tokenizer.end).any(1)
         expected[:, step + 1] = np.where(ended, 0, best)
     np.testing.assert_array_equal(ids, expected)
+
+
+ENDS = mmx.Decoding(end=(0,))
 
 
 def test_greedy_of_ids_with_tables(rng):
@@ -88,10 +93,10 @@ def test_greedy_of_ids_with_tables(rng):
     variables = jax.jit(model.init)(jax.random.key(0), mmx.example_batch(model))
     params = jax.tree.map(lambda x: x + rng.standard_normal(x.shape).astype("f"), variables["params"])
     given = {"image": rng.integers(0, 255, (32, 8, 8, 3), np.uint8)}
-    ids = mmx.greedy(model, params, given | {"text": {"segment": np.ones((32, 6), np.int32)}}, length=6, begin=1, end=0)
+    ids = mmx.generate(model, params, given | {"text": {"segment": np.ones((32, 6), np.int32)}}, length=6, begin=1, decoding=ENDS)
     text = dict(params["modalities_text"])
     text["position"] = text["position"] + text.pop("segment")["embedding"][1]
-    expected = mmx.greedy(plain, params | {"modalities_text": text}, given, length=6, begin=1, end=0)
+    expected = mmx.generate(plain, params | {"modalities_text": text}, given, length=6, begin=1, decoding=ENDS)
     np.testing.assert_array_equal(ids, expected)
     assert len({tuple(row) for row in np.asarray(ids).tolist()}) > 1
 

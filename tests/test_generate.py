@@ -1,13 +1,17 @@
 """Generation: what is remembered gives the numbers of what is computed again, and costs what one token costs."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import mmx
+from mmx.errors import InputError
 from mmx.layers import Buckets
 from mmx.modalities import Ids, Patches
 from mmx.topologies import BEYOND, TOPOLOGIES, Cross, Insert, Joint, PerStream
@@ -92,3 +96,79 @@ def test_a_token_costs_what_one_token_costs():
     attention = 2 * 2 * 2 * 64  # layers x (scores, values) x multiply and add x width, for every key
     assert work(128, True) - work(64, True) == 64 * attention
     assert work(128, True) < 1.02 * work(128, False) / 128
+
+
+HERE = Path(__file__).parent
+SEARCHES = json.loads((HERE / "generation.json").read_text())  # of transformers 5.23: 4 beams, the best 2, 8 new ids
+
+
+@pytest.mark.parametrize(("name", "ends"), [("GPT2LMHeadModel", (5, 17)), ("T5ForConditionalGeneration", (1, 9))])
+def test_searches_are_those_of_the_reference(name, ends):
+    """Sentences and their scores by end and length penalty; and greedily with a repetition penalty and a least length."""
+    pretrained = mmx.load_pretrained(HERE / "published" / name)
+    given = safetensors.numpy.load_file(HERE / "published" / name / "inputs.safetensors")
+    ids = given.get("generate.input_ids", given["input_ids"])
+    prompt = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for end, penalty in [(end, penalty) for end in ends for penalty in (1.0, 0.0, 2.0)]:
+        decoding = mmx.Decoding(beams=4, best=2, length_penalty=penalty, end=(end,))
+        found, expected = pretrained.generate(8, decoding, **prompt), SEARCHES[name]
+        _same(found["sequences"], np.asarray(expected[f"{end}.{penalty}.ids"]), (end,))
+        np.testing.assert_allclose(found["scores"], expected[f"{end}.{penalty}.scores"], atol=1e-4)
+    found = pretrained.generate(8, mmx.Decoding(repetition_penalty=1.7, minimum=3, end=ends), **prompt)
+    _same(found["sequences"], np.asarray(SEARCHES[name]["greedy.ids"]), ends)
+
+
+def _same(found, expected, ends):
+    """Behind an end, the reference pads with what it likes."""
+    found, begin = np.asarray(found)[:, : expected.shape[1]], 1
+    ended = np.cumsum(np.isin(expected, ends) & (np.arange(expected.shape[1]) >= begin), 1) - np.isin(expected, ends)
+    np.testing.assert_array_equal(np.where(ended > 0, -1, found), np.where(ended > 0, -1, expected))
+
+
+def test_draws_come_from_the_likeliest(rng):
+    """As often as they are likely, and nothing beyond k or p."""
+    scores = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]))
+    many = jax.random.split(jax.random.key(0), 4000)
+    for decoding, shares in (
+        (mmx.Decoding(temperature=1.0), [0.4, 0.3, 0.2, 0.1]),
+        (mmx.Decoding(temperature=0.5), np.square([0.4, 0.3, 0.2, 0.1]) / 0.3),
+        (mmx.Decoding(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (mmx.Decoding(temperature=1.0, top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
+        (mmx.Decoding(temperature=1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
+    ):
+        found = np.bincount(jax.vmap(lambda key, d=decoding: d.choose(scores, key)[0])(many), minlength=4) / 4000
+        np.testing.assert_allclose(found, shares, atol=0.03)
+        assert not found[np.asarray(shares) == 0].any()
+
+
+def test_prompts_of_different_lengths_and_what_is_allowed(rng):
+    """Each row goes on behind its own prompt as if it were alone; a rule may forbid ids."""
+    model, params = build("multi_to_one")
+    given = {"image": rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
+    ids, sizes = rng.integers(0, 11, (3, 4)), np.asarray([1, 4, 2])
+    prompt = mmx.Masked(ids, np.arange(4) < sizes[:, None])
+    found = mmx.generate(model, params, given, length=LENGTH, prompt=prompt)
+    for row, size in enumerate(sizes):
+        alone = mmx.Masked(ids[row : row + 1, :size], np.ones((1, size), bool))
+        expected = mmx.generate(model, params, {"image": given["image"][row : row + 1]}, length=LENGTH, prompt=alone)
+        np.testing.assert_array_equal(found[row], expected[0])
+    even = mmx.Decoding(allowed=lambda ids, place: jnp.broadcast_to(jnp.arange(11) % 2 == 0, (len(ids), 11)))
+    assert not np.any(mmx.generate(model, params, given, length=LENGTH, begin=1, decoding=even)[:, 1:] % 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"top_p": 0.0}, "top_p=0.0"), ({"beams": 2, "best": 3}, "at most its beams"), ({"repetition_penalty": 0}, "is a factor")],
+)
+def test_wrong_decodings_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        mmx.Decoding(**fields)
+
+
+def test_drawing_wants_a_key(rng):
+    model, params = build("multi_to_one")
+    given = {"image": np.zeros((2, 8, 8, 3), np.uint8)}
+    with pytest.raises(InputError, match="give a key"):
+        mmx.generate(model, params, given, length=4, begin=1, decoding=mmx.Decoding(temperature=1.0))
+    several = mmx.Decoding(temperature=1.0, best=3)
+    assert mmx.generate(model, params, given, length=4, begin=1, decoding=several, key=jax.random.key(0)).shape == (6, 4)

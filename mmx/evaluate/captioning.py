@@ -9,7 +9,7 @@ from mmx.data import Pipeline
 from mmx.errors import at_least
 from mmx.evaluate.report import Evaluation, Report
 from mmx.evaluate.retrieval import check_names, put_local, to_host
-from mmx.generate import greedy
+from mmx.generation import Decoding, generate
 from mmx.modalities import Ids
 
 
@@ -54,15 +54,14 @@ class Captions:
             part = filled[start : start + evaluation.batch_size]
             given = {name: jax.tree.map(lambda *x: np.stack(x), *[row[name] for row in part]) for name in self.given}
             with jax.set_mesh(evaluation.mesh):
-                ids = greedy(
+                ids = generate(
                     model,
                     evaluation.params,
                     put_local(given, evaluation),
                     text=self.text,
                     length=embedder.length,
                     begin=tokenizer.begin,
-                    end=tokenizer.end,
-                    pad=tokenizer.pad,
+                    decoding=Decoding(end=() if tokenizer.end is None else (tokenizer.end,), pad=tokenizer.pad or 0),
                 )
             captions += [tokenizer.decode(row) for row in to_host(ids)]
         truths = [tokenizer.decode(row[self.text].array) for row in rows]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmx.errors import InputError, unknown, writing
+from mmx.generation import Decoding, decode
 from mmx.model import MultimodalTransformer, example_batch
 from mmx.parallel import shardings
 from mmx.topologies.stage import change_block
@@ -111,15 +112,20 @@ class Pretrained:
             files |= {} if fields is None else {preprocess.IMAGES: json.dumps(fields, indent=2).encode()}
         return dataclasses.replace(self, family=family, preprocess=steps, extra={}, files=files)
 
-    def generate(self, max_new_tokens: int, **inputs: Any) -> dict[str, jax.Array]:
-        """Writes the likeliest next id, `max_new_tokens` times.
+    def generate(
+        self, max_new_tokens: int, decoding: Decoding = Decoding(), key: jax.Array | None = None, **inputs: Any
+    ) -> dict[str, jax.Array]:
+        """Writes `max_new_tokens` ids behind a prompt, the likeliest ones unless `decoding` says otherwise.
 
         Args:
             max_new_tokens: how many ids to write.
+            decoding: how the next id is chosen.
+            key: of what is drawn.
             **inputs: published inputs; a prompt `input_ids (B, P)` may be padded on the left where `attention_mask` is 0.
 
         Returns:
-            `sequences (B, P + max_new_tokens)`, the prompt included, and `logits (B, max_new_tokens, V)` of each choice.
+            `sequences (B * decoding.best, P + max_new_tokens)`, the prompt included, their `scores`, and, where there are no
+            beams, `logits (B * decoding.best, max_new_tokens, V)` of each choice.
         """
         names = self.family.generation
         if names is None:
@@ -133,7 +139,10 @@ class Pretrained:
         given.setdefault(names.mask, np.ones_like(given[names.ids]))
         for name in names.beside:
             given.setdefault(name, np.zeros_like(given[names.ids]))
-        return _generate(self.family, self.model, self.config, max_new_tokens, flags, self.params, as_batch(given))
+        if decoding.beams == 1:
+            given = jax.tree.map(lambda x: np.repeat(x, decoding.best, 0), given)
+        rest = (flags, decoding, self.params, as_batch(given), key)
+        return _generate(self.family, self.model, self.config, max_new_tokens, *rest)
 
 
 Flags: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]
@@ -158,9 +167,17 @@ def _array(value: Any) -> Any:
     return value if isinstance(value, jax.Array) else np.asarray(value)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _generate(
-    family: Family, model: MultimodalTransformer, config: Any, count: int, flags: Flags, params: Params, inputs: Batch
+    family: Family,
+    model: MultimodalTransformer,
+    config: Any,
+    count: int,
+    flags: Flags,
+    decoding: Decoding,
+    params: Params,
+    inputs: Batch,
+    key: jax.Array | None,
 ) -> dict[str, jax.Array]:
     names = family.generation
     assert names is not None
@@ -169,27 +186,17 @@ def _generate(
     def longer(name: str, value: int) -> jax.Array:
         return jnp.pad(inputs[name], ((0, 0), (0, count)), constant_values=value)
 
-    ids, mask = longer(names.ids, 0), longer(names.mask, 1)
+    mask = longer(names.mask, 1)
     given = {**inputs, names.mask: mask, **{name: longer(name, value) for name, value in names.beside.items()}}
     if names.places:
         given["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
 
-    def scores_of(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
-        fields, _, cache = _call(family, model, config, (), flags, params, {**given, names.ids: ids}, cache, at)
+    def step(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+        rows = jax.tree.map(lambda x: jnp.repeat(x, len(ids) // size, 0), given)  # one for each beam
+        fields, _, cache = _call(family, model, config, (), flags, params, {**rows, names.ids: ids}, cache, at)
         return fields["logits"], cache
 
-    def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids, scores, cache, written = carry
-        ids = ids.at[:, prompt + i].set(scores.argmax(-1).astype(ids.dtype))
-        written = written.at[:, i].set(scores)
-        scores, cache = scores_of(ids, cache, jnp.full((size, 1), prompt + i))
-        return ids, scores[:, 0], cache, written
-
-    scores, cache = scores_of(ids, {}, None)
-    scores = scores[:, scores.shape[1] - ids.shape[1] + prompt - 1]  # (B, V); a prefix of an image stands before the ids
-    written = jnp.zeros((size, count, scores.shape[-1]), scores.dtype)
-    ids, _, _, written = jax.lax.fori_loop(0, count, step, (ids, scores, cache, written))
-    return {"sequences": ids, "logits": written}
+    return decode(step, longer(names.ids, decoding.pad), jnp.full(size, prompt), count, decoding, key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

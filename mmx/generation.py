@@ -1,0 +1,264 @@
+"""Generation: ids, one after the other, by the same weights that embed and match; keys and values are kept (KV cache).
+
+`write` and `search` are the two loops, each one compiled program. They know a model only by its step:
+
+    step(ids (N, L), cache, at)     at None: scores (N, L, V) of all places;     at (N, 1): (N, 1, V) of these, with what is kept
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from mmx.errors import InputError, at_least
+from mmx.losses import LOWEST
+from mmx.model import MultimodalTransformer
+from mmx.types import Batch, Masked, Params
+
+Step: TypeAlias = Callable[[jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How the next id is chosen."""
+
+    temperature: float = 0.0
+    """Scores are divided by it and an id is drawn; 0: the likeliest is taken."""
+    top_k: int | None = None
+    """Drawn from so many of the likeliest; None: from all."""
+    top_p: float | None = None
+    """Drawn from the likeliest that have this probability together (nucleus sampling, arXiv 1904.09751, 3.1); None: from all."""
+    repetition_penalty: float = 1.0
+    """What is written already becomes so much less likely (CTRL, arXiv 1909.05858, 4.1); 1: not."""
+    minimum: int = 0
+    """Ids that are written before an end may be."""
+    beams: int = 1
+    """Sentences that are followed at a time; more than one: beam search, and nothing is drawn."""
+    length_penalty: float = 1.0
+    """A found sentence is as good as its log probability divided by its length to this power."""
+    best: int = 1
+    """Sentences that are returned of each prompt: the best beams, or so many draws."""
+    end: tuple[int, ...] = ()
+    """Ids behind which nothing follows."""
+    pad: int = 0
+    """The id of what does not exist."""
+    allowed: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    """`(ids (N, L), place (N,)) -> (N, V)`: which ids may stand there (constrained generation); None: all."""
+
+    def __post_init__(self) -> None:
+        at_least(self, temperature=0, minimum=0, beams=1, best=1)
+        if self.top_k is not None:
+            at_least(self, top_k=1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"decoding: top_p={self.top_p}; it is a probability, more than 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise InputError(f"decoding: repetition_penalty={self.repetition_penalty}; it is a factor, more than 0")
+        if self.beams > 1 and (self.best > self.beams or self.temperature):
+            raise InputError(
+                f"decoding: beams={self.beams} with best={self.best}, temperature={self.temperature}; a search returns at most "
+                f"its beams, and draws nothing"
+            )
+
+    def scores(self, scores: jax.Array, ids: jax.Array, place: jax.Array, written: jax.Array) -> jax.Array:
+        """Scores `(N, V)` of the id at `place (N,)` in sentences `ids (N, L)`, of which `written` ids are the model's own."""
+        scores = scores.astype(jnp.float32)
+        if self.repetition_penalty != 1:
+            before = jnp.arange(ids.shape[1]) < place[:, None]
+            seen = jnp.zeros(scores.shape, bool).at[jnp.arange(len(ids))[:, None], ids].max(before)
+            lower = jnp.where(scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty)
+            scores = jnp.where(seen, lower, scores)
+        if self.minimum and self.end:
+            scores = jnp.where(written < self.minimum, scores.at[:, jnp.asarray(self.end)].set(LOWEST), scores)
+        if self.allowed is not None:
+            scores = jnp.where(self.allowed(ids, place), scores, LOWEST)
+        return scores
+
+    def choose(self, scores: jax.Array, key: jax.Array) -> jax.Array:
+        """The next ids `(N,)`."""
+        if not self.temperature:
+            return scores.argmax(-1).astype(jnp.int32)
+        scores = scores / self.temperature
+        if self.top_k is not None:
+            lowest = jax.lax.top_k(scores, min(self.top_k, scores.shape[-1]))[0][:, -1:]
+            scores = jnp.where(scores < lowest, LOWEST, scores)
+        if self.top_p is not None:
+            ordered = jnp.sort(scores, -1)[:, ::-1]
+            before = jnp.cumsum(jax.nn.softmax(ordered), -1) - jax.nn.softmax(ordered)  # what the likelier ones have together
+            lowest = jnp.where(before < self.top_p, ordered, jnp.inf).min(-1, keepdims=True)
+            scores = jnp.where(scores < lowest, LOWEST, scores)
+        return jax.random.categorical(key, scores).astype(jnp.int32)
+
+    def ends(self, ids: jax.Array) -> jax.Array:
+        """Which ids are an end."""
+        return functools.reduce(jnp.logical_or, [ids == end for end in self.end], jnp.zeros(ids.shape, bool))
+
+
+def write(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding, key: jax.Array) -> dict[str, jax.Array]:
+    """Writes `count` ids from the place `start (N,)` on into `ids (N, L)`, greedily or by drawing.
+
+    Returns:
+        `sequences (N, L)`, `logits (N, count, V)` as the model gave them, `scores (N,)`: the log probability of what was written.
+    """
+    rows = jnp.arange(len(ids))
+
+    def one(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, logits, alive, cache, left, total = carry
+        place = start + i
+        alive &= place < ids.shape[1]  # where there is room for another one
+        scores = decoding.scores(logits, ids, place, i)
+        chosen = decoding.choose(scores, jax.random.fold_in(key, i))
+        total += jnp.where(alive, jax.nn.log_softmax(scores)[rows, chosen], 0)
+        ids = ids.at[rows, place].set(jnp.where(alive, chosen, decoding.pad).astype(ids.dtype))
+        left = left.at[:, i].set(logits)
+        logits, cache = step(ids, cache, jnp.minimum(place, ids.shape[1] - 1)[:, None])
+        return ids, logits[:, 0], alive & ~decoding.ends(chosen), cache, left, total
+
+    logits, cache = first(step, ids, start)
+    left = jnp.zeros((len(ids), count, logits.shape[-1]), logits.dtype)
+    carry = ids, logits, jnp.ones(len(ids), bool), cache, left, jnp.zeros(len(ids))
+    ids, _, _, _, left, total = jax.lax.fori_loop(0, count, one, carry)
+    return {"sequences": ids, "logits": left, "scores": total}
+
+
+def first(step: Step, ids: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+    """Scores `(N, V)` of the id at `start`, and what is kept of all before."""
+    logits, cache = step(ids, {}, None)
+    at = start - 1 + logits.shape[1] - ids.shape[1]  # a prefix of an image may stand before the ids
+    return jnp.take_along_axis(logits, at[:, None, None], 1)[:, 0], cache
+
+
+def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding) -> dict[str, jax.Array]:
+    """Beam search: the likeliest sentences of at most `count` ids behind each prompt.
+
+    In every step each of K beams is followed by its likeliest ids; those that end are found sentences, the best K of the others
+    go on. A prompt is done when K sentences are found and no beam is better than the worst of them.
+
+    Returns:
+        `sequences (B * best, L)`, best first, and their `scores (B * best,)`: log probability / length ** length_penalty.
+    """
+    size, beams, length = len(ids), decoding.beams, ids.shape[1]
+    batch = jnp.arange(size)[:, None]
+    keep = 2 * beams  # at most half of them end
+
+    def spread(x: jax.Array) -> jax.Array:  # (B, ...) -> (B * K, ...)
+        return jnp.repeat(x, beams, 0)
+
+    def rows(cache: Any, order: jax.Array) -> Any:  # keys and values are (layers, B, L, G, K)
+        return jax.tree.map(lambda x: jnp.take(x, order, x.ndim - 4), cache)
+
+    logits, cache = first(step, ids, start)
+    cache = rows(cache, spread(jnp.arange(size)))
+    alive = jnp.where(jnp.arange(beams) == 0, 0.0, LOWEST) + jnp.zeros((size, 1))
+    nothing = jnp.full((size, beams), LOWEST)
+    carry = spread(ids), spread(logits), cache, alive, jnp.repeat(ids[:, None], beams, 1), nothing, jnp.zeros(size, bool)
+
+    def one(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, logits, cache, alive, found, found_scores, done = carry
+        place = spread(start) + i
+        each = decoding.scores(jax.nn.log_softmax(logits.astype(jnp.float32)), ids, place, i)
+        vocab = each.shape[-1]
+        total = (alive[:, :, None] + each.reshape(size, beams, vocab)).reshape(size, -1)
+        total, best = jax.lax.top_k(total, keep)  # (B, 2 K)
+        beam, chosen = best // vocab, best % vocab
+        sentences = ids.reshape(size, beams, length)[batch, beam]
+        sentences = jnp.where(
+            jnp.arange(length) == (start[:, None] + i)[..., None], chosen[..., None].astype(ids.dtype), sentences
+        )
+        ended = decoding.ends(chosen)
+        weight = (i + 1.0) ** decoding.length_penalty
+        among = (jnp.arange(keep) < beams) & ended & ~done[:, None]  # an end counts if its beam is one of the best
+        new = jnp.concatenate([found_scores, jnp.where(among, total / weight, LOWEST)], 1)
+        found_scores, order = jax.lax.top_k(new, beams)
+        found = jnp.concatenate([found, sentences], 1)[batch, order]
+        alive, order = jax.lax.top_k(jnp.where(ended, LOWEST, total), beams)
+        ids, chosen_beam = sentences[batch, order].reshape(-1, length), beam[batch, order]
+        done |= (found_scores[:, -1] > LOWEST / 2) & (found_scores[:, -1] >= alive[:, 0] / weight)
+        cache = rows(cache, (batch * beams + chosen_beam).reshape(-1))
+        logits, cache = step(ids, cache, jnp.minimum(place, length - 1)[:, None])
+        return ids, logits[:, 0], cache, alive, found, found_scores, done
+
+    ids, _, _, alive, found, found_scores, done = jax.lax.fori_loop(0, count, one, carry)
+    rest = jnp.where(done[:, None], LOWEST, alive / float(count) ** decoding.length_penalty)
+    scores, order = jax.lax.top_k(jnp.concatenate([found_scores, rest], 1), decoding.best)
+    sequences = jnp.concatenate([found, ids.reshape(size, beams, length)], 1)[batch, order].reshape(-1, length)
+    return {"sequences": _padded(sequences, jnp.repeat(start, decoding.best), decoding), "scores": scores.reshape(-1)}
+
+
+def _padded(ids: jax.Array, start: jax.Array, decoding: Decoding) -> jax.Array:
+    """What stands behind an end is padding."""
+    own = jnp.arange(ids.shape[1]) >= start[:, None]
+    ended = jnp.cumsum(decoding.ends(ids) & own, 1) - (decoding.ends(ids) & own)
+    return jnp.where(ended > 0, decoding.pad, ids)
+
+
+def decode(
+    step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding, key: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """`search` where there are beams, else `write`; `ids (B, L)` have room for `count` ids behind `start (B,)`."""
+    if decoding.beams > 1:
+        return search(step, ids, start, count, decoding)
+    if decoding.temperature and key is None:
+        raise InputError(f"decoding: temperature={decoding.temperature} draws ids; give a key, such as jax.random.key(0)")
+    return write(step, ids, start, count, decoding, jax.random.key(0) if key is None else key)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "text", "head", "length", "begin", "decoding"))
+def generate(
+    model: MultimodalTransformer,
+    params: Params,
+    given: Batch,
+    *,
+    text: str = "text",
+    head: str = "captioning",
+    length: int,
+    begin: int | None = None,
+    prompt: Any = None,
+    decoding: Decoding = Decoding(),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Writes a text about what is given: `(B * decoding.best, length)` int32.
+
+    Args:
+        given: the other modalities, at least one. If the text's tokens have tables or vectors beside their ids, they stand
+            here under the text's name: `{"image": ..., "text": {"segment": (B, length)}}`.
+        text: the modality that is generated.
+        head: the head that scores the next id.
+        length: ids to return, those that are given included.
+        begin: the first id; or
+        prompt: the first ids, `Masked(ids (B, P), mask (B, P))`, which may differ in length, padded behind.
+        decoding: how the next id is chosen.
+        key: of what is drawn.
+    """
+    beside, others = given.get(text, {}), {name: value for name, value in given.items() if name != text}
+    size = jax.tree.leaves(given)[0].shape[0]
+    if (begin is None) == (prompt is None):
+        raise InputError("generate: give either begin, the first id, or prompt, the first ids")
+    if begin is not None:
+        ids, start = jnp.full((size, 1), begin), jnp.ones(size, jnp.int32)
+    else:
+        ids, start = prompt.array, prompt.mask.sum(1)
+        if ids.shape[1] >= length:
+            raise InputError(f"generate: length={length}, but the prompts have {ids.shape[1]} ids; there is no room for more")
+    spread = decoding.best if decoding.beams == 1 else 1
+    ids = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, length - ids.shape[1])), constant_values=decoding.pad)
+    ids, start, others, beside = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), spread, 0), (ids, start, others, beside))
+
+    def step(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+        more = len(ids) // (size * spread)  # beams
+        batch, tables = jax.tree.map(lambda x: jnp.repeat(x, more, 0), (others, beside))
+        everywhere = jnp.ones(ids.shape, bool)  # what stands behind the place that is written is seen by nobody
+        batch = {**batch, text: Masked({**tables, "ids": ids} if tables else ids, everywhere)}
+        places = None if at is None or not model.caches else {text: at}
+        out: Any
+        out, left = model.apply(
+            {"params": params, **cache}, batch, (text,), None, places, mutable=["cache"] if model.caches else []
+        )
+        logits = out.logits[head]
+        if at is not None and places is None:
+            logits = jnp.take_along_axis(logits, at[..., None], 1)
+        return logits, dict(left)
+
+    return decode(step, ids, start, length - 1, decoding, key)["sequences"]
