@@ -50,6 +50,7 @@ def test_the_usual_average_is_another_gradient(task, params, batch):
     assert difference > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulation_on_a_mesh(task, params, batch):
     (loss, _), whole = gradients(task, params, batch, 1)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=1), jax.devices()[:4])

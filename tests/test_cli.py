@@ -161,6 +161,7 @@ def test_a_study_matches_parameters_or_flops(tiny):
     assert all(e.model == base.model and e.steps == 100 for e in match(base, names, "nothing").values())
 
 
+@pytest.mark.slow
 def test_study_table(tmp_path, monkeypatch, capsys, tiny):
     from mmx import study
 

@@ -593,6 +593,7 @@ def test_wrong_raw_arrays_are_refused(module, raw, message):
         module.clone(width=8).init(jax.random.key(0), raw)
 
 
+@pytest.mark.slow
 def test_every_kind_meets_every_other_in_one_model(rng):
     """All kinds at once, through a topology, forward and backward, and any one of them alone."""
     model = mmx.build_model({name.replace(" ", "_"): m for name, m in SMALL.items()}, "multi_to_one", width=16, depth=2, heads=2)

@@ -35,7 +35,10 @@ def train(experiment, mesh_config, devices, steps=3, parts=1):
     return losses, state
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+QUICK = ("multi_to_one", "cross_to_concatenation")  # between them every kind of stage but the sum
+
+
+@pytest.mark.parametrize("topology", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES])
 def test_eight_devices_give_the_losses_of_one(tiny, topology):
     objectives = tiny.objectives if topology == tiny.topology else {"contrastive": Contrastive(), "matching": Matching()}
     experiment = dataclasses.replace(tiny, topology=topology, objectives=objectives)
@@ -47,6 +50,7 @@ def test_eight_devices_give_the_losses_of_one(tiny, topology):
     assert any("fsdp" in s and "tensor" in s for s in specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(1, 8, 1), MeshConfig(2, 1, 4), MeshConfig(-1, 4, 1)])
 def test_every_shape_of_the_mesh(tiny, mesh):
     tiny = dataclasses.replace(tiny, objectives={"contrastive": Contrastive()})
@@ -54,6 +58,7 @@ def test_every_shape_of_the_mesh(tiny, mesh):
     np.testing.assert_allclose(train(tiny, mesh, 8)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
 def test_every_optimizer_on_a_mesh(tiny, name):
     optimizer = OptimizerConfig(name=name, learning_rate=1e-3, warmup=2)

@@ -79,6 +79,7 @@ def test_a_run_writes_what_it_says(tiny, capsys):
         assert part in out
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_like_published_weights(tiny, tmp_path, batch):
     """A run folder, one of its checkpoints, and the safetensors that were made of it answer alike, as the trained model does."""
     train(dataclasses.replace(tiny, steps=4))
@@ -106,6 +107,7 @@ def test_a_run_is_loaded_like_published_weights(tiny, tmp_path, batch):
         mmx.load_pretrained(tiny.run)
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_nothing(tiny, tmp_path):
     """What takes long to compile comes from the cache folder, in another run folder and with nothing left in memory."""
     counted = collections.Counter()
@@ -134,6 +136,7 @@ def test_training_learns(tiny):
     assert found["train/image_to_text_R@1"] > 0.2
 
 
+@pytest.mark.slow
 def test_options_work_together(tiny):
     """bfloat16, dropout, everything computed again, accumulation, Muon: finite, and another curve than without."""
     model = dataclasses.replace(tiny.model, dtype="bfloat16", dropout=0.1, drop_path=0.1, remat="full", unroll=1)
@@ -210,6 +213,7 @@ def test_a_failing_evaluation_loses_nothing(tiny, monkeypatch):
     assert (Path(tiny.run) / "checkpoints/6").is_dir()
 
 
+@pytest.mark.slow
 def test_a_new_run_keeps_the_words_of_the_state_it_starts_from(tiny, tmp_path):
     train(tiny)
     other_texts = dataclasses.replace(tiny.data, split="train[1000:1064]")
@@ -221,6 +225,7 @@ def test_a_new_run_keeps_the_words_of_the_state_it_starts_from(tiny, tmp_path):
         train(dataclasses.replace(new, steps=6, run=str(tmp_path / "none")))
 
 
+@pytest.mark.slow
 def test_another_mesh_may_go_on(tiny):
     train(dataclasses.replace(tiny, steps=6))
     import shutil
@@ -232,6 +237,7 @@ def test_another_mesh_may_go_on(tiny):
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_new_run_may_start_from_another_ones_state(tiny, tmp_path):
     train(tiny)
     longer = dataclasses.replace(tiny, steps=8, resume=tiny.run, run=str(tmp_path / "longer"))

@@ -59,7 +59,10 @@ def test_saved_and_loaded_again_they_are_the_same(folder, tmp_path):
         np.testing.assert_array_equal(array, old[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+FIRST = {next(iter(family.names), "") for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(NAMES)])
 def test_every_named_model_builds_at_full_size(name):
     """Through shapes only; every parameter has a published name."""
     family, config = configuration(name)
