@@ -60,7 +60,9 @@ def _page(about: str, family: Family, counts: Mapping[str, int], call: Call | No
 def _steps(family: Family, modalities: Mapping[str, Any]) -> list[str]:
     """What is prepared of each kind of raw value, where the folder has the files for it."""
     steps = []
-    if family.texts is not None:
+    if callable(family.texts):
+        steps.append("`texts` (as the tower that reads them)")
+    elif family.texts is not None:
         rules = ", ".join(f"{f.name} {value!r}" for f, value in _changed(family.texts))
         steps.append(f"`{'words, boxes' if family.texts.page is not None else 'texts'}`" + (f" ({rules})" if rules else ""))
     if family.video:
