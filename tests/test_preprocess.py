@@ -173,8 +173,9 @@ VOCABULARIES = {  # family -> file recorded -> file published
 }
 
 
-def _written(family, folder):
-    """Writes a small vocabulary as a family publishes it."""
+def _folder(folder, family):
+    """A folder with a small vocabulary as a family publishes it."""
+    folder.mkdir(exist_ok=True)
     if family in VOCABULARIES:
         recorded, published = VOCABULARIES[family]
         shutil.copy(HERE / recorded, folder / published)
@@ -183,13 +184,13 @@ def _written(family, folder):
     if family == "roberta":
         _documents(folder)
         (folder / "tokenizer_config.json").unlink()
+    return folder
 
 
 @pytest.mark.parametrize("name", json.loads((HERE / "texts.json").read_text())["made"])
 def test_texts_as_the_original_library_reads_them(name, tmp_path):
     recorded = json.loads((HERE / "texts.json").read_text())
-    _written(name, tmp_path)
-    steps = read_texts(tmp_path, 64, FAMILIES[name].texts)
+    steps = read_texts(_folder(tmp_path, name), 64, FAMILIES[name].texts)
     assert steps is not None
     texts = [
         text.strip() if name == "siglip" else text for text in recorded["texts"]
@@ -206,14 +207,26 @@ def test_texts_as_the_original_library_reads_them(name, tmp_path):
         np.testing.assert_array_equal(steps([">>fra<< A man"])["input_ids"], [expected["code"]])
 
 
+def test_siglip_2_reads_small_letters(tmp_path):
+    """Its tokenizer.json is Gemma's, which does not tell so; every text has the full length, and its padding is read."""
+    gemma = read_texts(_folder(tmp_path / "gemma", "gemma"), 64, FAMILIES["siglip2"].texts)
+    assert gemma is not None
+    made = gemma(["A MAN.", "a man."])
+    assert set(made) == {"input_ids"} and made["input_ids"].shape == (2, 64)
+    np.testing.assert_array_equal(made["input_ids"][0], made["input_ids"][1])
+    plain = sentence_pieces((HERE / "gemma.model").read_bytes())
+    assert plain.encode("A").ids != plain.encode("a").ids
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (ids,) = read_texts(tmp_path, 64, FAMILIES["siglip2"].texts)(["A MAN."])["input_ids"]  # type: ignore[misc]
+    assert list(ids[ids != 0]) == plain.encode("a man.").ids
+
+
 def test_what_stands_behind_a_vocabulary(tmp_path):
     """T5's sentinels; added_tokens.json and tokenizer_config.json of LLaVA; what the files say of beginnings and padding."""
-    (tmp_path / "t5").mkdir(), (tmp_path / "llava").mkdir()
-    _written("t5", tmp_path / "t5")
-    t5 = read_texts(tmp_path / "t5", 9, FAMILIES["t5"].texts)
+    t5 = read_texts(_folder(tmp_path / "t5", "t5"), 9, FAMILIES["t5"].texts)
     pieces = sentence_pieces((HERE / "t5.model").read_bytes()).get_vocab_size()
     assert t5 is not None and t5(["<extra_id_0>"])["input_ids"][0, 0] == pieces + 99
-    _written("llama", tmp_path / "llava")
+    _folder(tmp_path / "llava", "llama")
     (tmp_path / "llava" / "added_tokens.json").write_text('{"<pad>": 601, "<image>": 600}')
     told = {"pad_token": "<pad>", "padding_side": "right", "added_tokens_decoder": {"602": {"content": "<more>"}}}
     (tmp_path / "llava" / "tokenizer_config.json").write_text(json.dumps(told))

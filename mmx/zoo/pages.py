@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmx.modalities import Patches
+from mmx.modalities import PackedPatches, Patches
 from mmx.modalities.catalogue import example_shape
 from mmx.zoo import MODULES, create_model
 from mmx.zoo.family import Family
@@ -67,7 +67,7 @@ def _steps(family: Family, modalities: Mapping[str, Any]) -> list[str]:
         steps.append(f"`{'words, boxes' if family.texts.page is not None else 'texts'}`" + (f" ({rules})" if rules else ""))
     if family.video:
         steps.append("`videos`")
-    elif "image" in modalities and type(modalities["image"]) is Patches:
+    elif "image" in modalities and type(modalities["image"]) in (Patches, PackedPatches):
         steps.append("`images`")
     if family.sound is not None:
         steps.append(f"`audio` ({str(family.sound.__doc__).strip().splitlines()[0].rstrip('.')})")

@@ -219,6 +219,7 @@ def _names() -> dict[str, dict[str, Any]]:
 
 
 TEXTS = Texts(end="</s>", pad="</s>", unknown="<unk>", lower=True, plain=True, full=True, mask=False)
+TEXTS_2 = dataclasses.replace(TEXTS, end="<eos>", pad="<pad>", plain=False)
 FAMILIES = (
     Family(
         "siglip",
@@ -239,7 +240,7 @@ FAMILIES = (
         _table,
         _forward,
         names={f"siglip2-{size}-patch16-naflex": _sized(size, {"vocab_size": 256000}, {}) for size in ("base", "so400m")},
-        texts=TEXTS,
+        texts=TEXTS_2,
         length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$",),
     ),

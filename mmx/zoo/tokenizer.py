@@ -212,7 +212,11 @@ def _marian(folder: Path) -> bool:
 
 def _read(folder: Path, rules: Texts) -> tokenizers.Tokenizer | None:
     if (folder / "tokenizer.json").exists():
-        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if rules.lower and rules.full:  # SigLIP 2 was trained with small letters, which its file does not tell
+            own = [tokenizer.normalizer] if tokenizer.normalizer else []
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])  # type: ignore[assignment]
+        return tokenizer
     pieces = next((folder / name for name in PIECES if (folder / name).exists()), None)
     if (folder / "vocab.txt").exists():
         tokenizer = _word_pieces(folder / "vocab.txt", rules)
