@@ -1,5 +1,6 @@
 """Preprocessing that travels with weights: images, tokenizers in every published form, and real trained weights."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mmx
 from mmx.errors import InputError
-from mmx.zoo import FAMILIES, open_clip, preprocess, timm
+from mmx.modalities import Ids
+from mmx.zoo import FAMILIES, build, open_clip, preprocess, timm
 from mmx.zoo.preprocess import ImageSteps, read_images, read_sounds
 from mmx.zoo.sounds import FilterBankSteps, LogMelSteps
 from mmx.zoo.tokenizer import Texts, read_texts, sentence_pieces
@@ -35,6 +37,22 @@ def test_images_as_the_original_library_makes_them(name, tmp_path):
     np.testing.assert_allclose(made[0], recorded[f"{name}ImageProcessorPil"], atol=1e-5)
     again = steps([recorded["image"], recorded["image"]])["pixel_values"]
     assert again.shape == (2, *made.shape[1:]) and again.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["ViLT", "BridgeTower", "NaFlex"])
+def test_images_of_several_sizes(name, tmp_path):
+    """ViLT fills up to the largest, BridgeTower keeps the middle, NaFlex cuts to patches."""
+    image = safetensors.numpy.load_file(HERE / "images.safetensors")["image"]
+    wide = np.ascontiguousarray(np.tile(image, (1, 3, 1))[:, :100])
+    recorded = safetensors.numpy.load_file(HERE / "sizes.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text((HERE / f"{name}.json").read_text())
+    steps = read_images(tmp_path)
+    assert steps is not None
+    made = steps([image, wide])
+    assert set(made) == {field.split(".")[1] for field in recorded if field.startswith(f"{name}.")}
+    for field, array in made.items():
+        assert array.dtype == recorded[f"{name}.{field}"].dtype
+        np.testing.assert_allclose(array, recorded[f"{name}.{field}"], atol=1e-5, err_msg=field)
 
 
 @pytest.mark.parametrize("name", json.loads((HERE / "libraries.json").read_text()))
@@ -77,7 +95,7 @@ def test_sentence_pieces_are_those_of_sentencepiece(kind):
 def test_word_pieces_from_a_vocabulary(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "##s", "cafe", ".", "eat", "##ing"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    steps = read_texts(tmp_path, 8, Texts("[CLS]", "[SEP]", lower=True))
+    steps = read_texts(tmp_path, 8, FAMILIES["bert"].texts)
     assert steps is not None
     made = steps(["A MAN eats.", "Café"])
     np.testing.assert_array_equal(made["input_ids"], [[2, 5, 6, 10, 7, 9, 3], [2, 8, 3, 0, 0, 0, 0]])
@@ -87,7 +105,7 @@ def test_word_pieces_from_a_vocabulary(tmp_path):
     np.testing.assert_array_equal(pair["token_type_ids"], [[0, 0, 0, 0, 1, 1, 1]])
     assert steps(["man " * 20])["input_ids"].shape == (1, 8)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "model_max_length": 5}))
-    cased = read_texts(tmp_path, 8, Texts("[CLS]", "[SEP]", lower=True))
+    cased = read_texts(tmp_path, 8, FAMILIES["bert"].texts)
     assert cased is not None and cased.length == 5
     np.testing.assert_array_equal(cased(["A man"])["input_ids"], [[2, 1, 6, 3]])
     with pytest.raises(InputError, match="expected a list of texts"):
@@ -145,6 +163,117 @@ def test_clip_reads_small_letters_up_to_77(tmp_path):
         read_texts(tmp_path, 77, Texts("<|nothing|>"))
 
 
+VOCABULARIES = {  # family -> file recorded -> file published
+    "t5": ("t5.model", "spiece.model"),
+    "siglip": ("t5.model", "spiece.model"),
+    "xlm-roberta": ("unigram.model", "sentencepiece.bpe.model"),
+    "llama": ("llama.model", "tokenizer.model"),
+    "gemma": ("gemma.model", "tokenizer.model"),
+    "marian": ("unigram.model", "source.spm"),
+}
+
+
+def _folder(folder, family):
+    """A folder with a small vocabulary as a family publishes it."""
+    folder.mkdir(exist_ok=True)
+    if family in VOCABULARIES:
+        recorded, published = VOCABULARIES[family]
+        shutil.copy(HERE / recorded, folder / published)
+    if family == "marian":
+        (folder / "vocab.json").write_text(json.dumps(json.loads((HERE / "texts.json").read_text())["marian"]))
+    if family == "roberta":
+        _documents(folder)
+        (folder / "tokenizer_config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", json.loads((HERE / "texts.json").read_text())["made"])
+def test_texts_as_the_original_library_reads_them(name, tmp_path):
+    recorded = json.loads((HERE / "texts.json").read_text())
+    steps = read_texts(_folder(tmp_path, name), 64, FAMILIES[name].texts)
+    assert steps is not None
+    texts = [
+        text.strip() if name == "siglip" else text for text in recorded["texts"]
+    ]  # there, a space in front makes a token more
+    made, expected = steps(texts), recorded["made"][name]
+    assert set(made) == {"input_ids"} | ({"attention_mask"} if name != "siglip" else set())
+    for field, array in made.items():
+        np.testing.assert_array_equal(array, expected[field], err_msg=field)
+    if "pair" in expected:
+        pair = steps([tuple(recorded["pair"])])
+        assert "token_type_ids" not in pair
+        np.testing.assert_array_equal(pair["input_ids"], [expected["pair"]])
+    if "code" in expected:
+        np.testing.assert_array_equal(steps([">>fra<< A man"])["input_ids"], [expected["code"]])
+
+
+def test_siglip_2_reads_small_letters(tmp_path):
+    """Its tokenizer.json is Gemma's, which does not tell so; every text has the full length, and its padding is read."""
+    gemma = read_texts(_folder(tmp_path / "gemma", "gemma"), 64, FAMILIES["siglip2"].texts)
+    assert gemma is not None
+    made = gemma(["A MAN.", "a man."])
+    assert set(made) == {"input_ids"} and made["input_ids"].shape == (2, 64)
+    np.testing.assert_array_equal(made["input_ids"][0], made["input_ids"][1])
+    plain = sentence_pieces((HERE / "gemma.model").read_bytes())
+    assert plain.encode("A").ids != plain.encode("a").ids
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (ids,) = read_texts(tmp_path, 64, FAMILIES["siglip2"].texts)(["A MAN."])["input_ids"]  # type: ignore[misc]
+    assert list(ids[ids != 0]) == plain.encode("a man.").ids
+
+
+def test_what_stands_behind_a_vocabulary(tmp_path):
+    """T5's sentinels; added_tokens.json and tokenizer_config.json of LLaVA; what the files say of beginnings and padding."""
+    t5 = read_texts(_folder(tmp_path / "t5", "t5"), 9, FAMILIES["t5"].texts)
+    pieces = sentence_pieces((HERE / "t5.model").read_bytes()).get_vocab_size()
+    assert t5 is not None and t5(["<extra_id_0>"])["input_ids"][0, 0] == pieces + 99
+    _folder(tmp_path / "llava", "llama")
+    (tmp_path / "llava" / "added_tokens.json").write_text('{"<pad>": 601, "<image>": 600}')
+    told = {"pad_token": "<pad>", "padding_side": "right", "added_tokens_decoder": {"602": {"content": "<more>"}}}
+    (tmp_path / "llava" / "tokenizer_config.json").write_text(json.dumps(told))
+    llava = read_texts(tmp_path / "llava", 9, FAMILIES["llava"].texts)
+    assert llava is not None
+    ids = llava(["<image>a<more>", "a"])["input_ids"]
+    assert list(ids[0, :2]) == [1, 600] and 602 in ids[0] and list(ids[1, 2:]) == [601] * (ids.shape[1] - 2)
+
+
+def test_every_family_that_reads_texts_has_its_rules():
+    """But for those that read states in the place of words, and HERO, whose clips hold several texts."""
+    without = {name for name, family in FAMILIES.items() if (family.texts is None) != (family.length is None)}
+    assert not without
+    for name, family in FAMILIES.items():
+        model = mmx.create_model(next(iter(family.names))) if family.names else build(family, family.config(), (), "float32")
+        reads = name == "perceiver" or any(isinstance(modality, Ids) for modality in model.modalities.values())
+        assert (family.texts is not None) == (reads and name not in ("blip_2_qformer", "albef", "hero")), name
+
+
+def test_coca_reads_images_and_texts(tmp_path):
+    """By open_clip's names and by its own; the mask of what is padded is not asked for, and padding has the id 0."""
+    own = mmx.load_pretrained(HERE.parent / "published" / "CoCa", family="coca")
+    mmx.save_pretrained(tmp_path, own.under("open_clip"))
+    _byte_pairs(tmp_path, "</w>")
+    pretrained = mmx.load_pretrained(tmp_path)
+    assert pretrained.family.library is not None
+    image = safetensors.numpy.load_file(HERE / "images.safetensors")["image"]
+    for model in (pretrained, pretrained.under(None)):
+        made = model.preprocess(images=[image], texts=["a"])
+        assert set(made) == {"image", "text"} and made["text"].shape == (1, pretrained.config.text_cfg.context_length)
+        assert made["text"][0, -1] == 0
+        assert {"image_features", "text_features"} <= set(model(image=made["image"]) | model(text=made["text"] % 16))
+    nothing = preprocess.Preprocessing(images=pretrained.preprocess.images, names={"text": "input_ids"})
+    with pytest.raises(InputError, match="takes nothing of images; it takes text"):
+        nothing(images=[image])
+
+
+def test_masks_of_what_is_padded(tmp_path):
+    """BEiT-3's is of what is not there."""
+    shutil.copy(HERE / "unigram.model", tmp_path / "beit3.spm")
+    family = FAMILIES["beit3"]
+    steps = preprocess.read(tmp_path, 64, family.texts, video=False, sound=None)
+    made = dataclasses.replace(steps, names=family.prepared)(texts=["A man is eating", "a"])
+    assert set(made) == {"textual_tokens", "text_padding_position"}
+    np.testing.assert_array_equal(made["text_padding_position"], made["textual_tokens"] == 1)
+
+
 WAVES = ("short", "long")
 
 
@@ -191,7 +320,7 @@ def test_videos_as_the_original_library_makes_them(name, tmp_path):
     np.testing.assert_allclose(made, recorded[name], atol=1e-5)
     with pytest.raises(InputError, match="the same number of frames"):
         steps(videos=[recorded["video"], recorded["other"][:2]])
-    with pytest.raises(InputError, match="tells nothing of images; it tells of videos"):
+    with pytest.raises(InputError, match="no rules for images in this family; it prepares videos of this folder"):
         steps(images=[recorded["video"][0]])
 
 
@@ -212,12 +341,6 @@ def test_newer_folders_tell_it_in_other_files(tmp_path):
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
     steps = preprocess.read(tmp_path, None, None, video=True, sound=None)
     assert steps.videos and steps.videos.frames.offset == 1
-
-
-@pytest.mark.parametrize("field", ["size_divisor", "max_num_patches"])
-def test_images_of_any_size_are_not_squeezed(field, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, field: 32}))
-    assert read_images(tmp_path) is None
 
 
 def _documents(folder):
@@ -245,7 +368,7 @@ def test_words_in_boxes_as_the_original_library_makes_them(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             steps(words=words, **({} if boxes is None else {"boxes": boxes}))
-    with pytest.raises(InputError, match="tells nothing of boxes"):
+    with pytest.raises(InputError, match="no rules for boxes"):
         steps(texts=["a"], boxes=recorded["boxes"])
 
 

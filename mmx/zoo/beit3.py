@@ -17,6 +17,7 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.types import Masked
+from mmx.zoo import roberta
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Chosen, Family, Runner, channels_last
 from mmx.zoo.weights import Table, convolution, layers, reshaped
@@ -242,5 +243,8 @@ FAMILIES = (
             "captioning": "mlm_head.",
             "retrieval": "language_head.",
         },
+        texts=roberta.MANY,
+        length=lambda c: 64,  # what it was trained with
+        inputs={"visual_tokens": "pixel_values", "textual_tokens": "input_ids", "text_padding_position": "not attention_mask"},
     ),
 )

@@ -182,7 +182,7 @@ def sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
     }
 
 
-TEXTS = Texts("[CLS]", "[SEP]", lower=True)
+TEXTS = Texts("[CLS]", "[SEP]", lower=True, types=True)
 FAMILIES = (
     Family(
         "bert",

@@ -183,6 +183,8 @@ FAMILIES = (
             "blip-itm-large-flickr": {**_LARGE, **_RETRIEVAL},
         },
         heads={"captioning": "text_decoder.cls", "matching": "itm_head"},
+        texts=bert.TEXTS,
+        length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
         generation=Generation(start=lambda c: c.text_config.bos_token_id),
     ),

@@ -286,6 +286,8 @@ FAMILIES = (
         },
         heads={"masked-lm": "mlm_score", "matching": "itm_score", "contrastive": "itc_"},
         prefix="bridgetower",
+        texts=roberta.TEXTS,
+        length=lambda c: roberta.length(c.text_config),
         known=(
             r"position_ids$",
             r"token_type_ids$",

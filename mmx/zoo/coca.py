@@ -17,7 +17,7 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Cross, PerStream, Pool, Stage
 from mmx.types import Masked
-from mmx.zoo import open_clip
+from mmx.zoo import clip, open_clip
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner, channels_last, pair
 from mmx.zoo.open_clip import EPS, ModelConfig, TextConfig
@@ -216,6 +216,9 @@ FAMILIES = (
             "coca_base": _sized(768, 12, {"patch_size": 18, "image_size": 288}, 64000),
         },
         heads={"captioning": "text_decoder.text_projection"},
+        texts=dataclasses.replace(clip.TEXTS, pad=0, mask=False),
+        length=lambda c: c.text_cfg.context_length,
+        inputs={"image": "pixel_values", "text": "input_ids"},
         known=(r"attn_mask$",),
         libraries=(open_clip.COCA,),
     ),

@@ -147,8 +147,10 @@ class Family:
         prefix: what stands before the tensors' names of a model with a head, and not before those of the bare one.
         known: patterns of tensors that are stored and not read: buffers and tied copies.
         generation: how it writes; None: it does not.
-        texts: how it reads texts, where its files do not tell; None: it reads none.
+        texts: how it reads texts, where its files do not tell, or `config -> how`; None: it reads none.
         length: `config -> longest text`; None: it reads none.
+        inputs: its inputs -> what they are called that are prepared of raw values, where they differ; "not NAME": the opposite
+            of a mask.
         video: whether it reads videos, and not images.
         sound: the kind of steps that prepare its sounds; None: it reads none.
         infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
@@ -167,14 +169,20 @@ class Family:
     prefix: str = ""
     known: Sequence[str] = ()
     generation: Generation | None = None
-    texts: Texts | None = None
+    texts: Texts | Callable[[Any], Texts | None] | None = None
     length: Callable[[Any], int | None] | None = None
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     video: bool = False
     sound: type[SoundSteps] | None = None
     infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     libraries: Sequence[Library] = ()
     library: Library | None = None
+
+    @property
+    def prepared(self) -> Mapping[str, str] | None:
+        """Its inputs -> what they are called that are prepared of raw values; None: they are called the same."""
+        return (self.library.inputs if self.library else {}) or self.inputs or None
 
     def under(self, library: Library) -> "Family":
         """The same family under the names of another library."""

@@ -254,6 +254,8 @@ FAMILIES = (
         names={"flava-full": {}},
         heads={**{ours: f"{name}_head." for ours, name in HEADS.items()}, "matching": "itm_head."},
         prefix="flava",
+        texts=bert.TEXTS,
+        length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$", r"^m\w+_head\.bias$", r"^image_codebook\."),
     ),
 )

@@ -55,6 +55,7 @@ def _forward(run: Runner, c: GemmaConfig, inputs: Mapping[str, Any]) -> dict[str
     return llama.text_fields(run({"text": llama.read_text(inputs)}), inputs)
 
 
+TEXTS = dataclasses.replace(llama.TEXTS, begin="<bos>", pad="<pad>")
 FAMILIES = (
     Family(
         "gemma",
@@ -65,6 +66,8 @@ FAMILIES = (
         names={"gemma-2b": llama.sized(18, 2048, 8, 16384, num_key_value_heads=1), "gemma-7b": {}},
         heads={"captioning": "model."},
         prefix="model",
+        texts=TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"rotary_emb\.inv_freq$", r"^lm_head\.weight$"),
         generation=Generation(),
     ),

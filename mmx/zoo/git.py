@@ -144,6 +144,8 @@ FAMILIES = (
             **{f"git-large{task}": _large(420) for task in _QUESTIONS},
         },
         heads={"captioning": "output."},
+        texts=bert.TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"position_ids$", r"^output\.weight$"),
         generation=Generation(),
     ),

@@ -17,7 +17,7 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Gather, PerStream
 from mmx.types import Masked
-from mmx.zoo import bert
+from mmx.zoo import bert, roberta
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner, channels_last, padded
 from mmx.zoo.tokenizer import Texts
@@ -165,6 +165,6 @@ FAMILIES = (
         prefix="layoutlmv3",
         known=(r"position_ids$", r"visual_bbox$", r"encoder\.rel_pos_[xy]_bias\.weight$"),
         texts=Texts("<s>", "</s>", "<pad>", "<unk>", space=True, page=0),
-        length=lambda c: c.max_position_embeddings - c.pad_token_id - 1,
+        length=roberta.length,
     ),
 )

@@ -14,6 +14,7 @@ from mmx.topologies import PerStream
 from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Generation, Run, Runner, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
 LAYER: Table = {  # of every model that copied Llama's
@@ -158,6 +159,7 @@ def sized(layers: int, width: int, heads: int, mlp: int, **more: Any) -> dict[st
 
 
 _TWO = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+TEXTS = Texts("<s>", pad="</s>", unknown="<unk>", left=True)
 FAMILIES = (
     Family(
         "llama",
@@ -188,6 +190,8 @@ FAMILIES = (
         },
         heads={"captioning": "model."},
         prefix="model",
+        texts=TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"rotary_emb\.inv_freq$", r"^lm_head\.weight$"),
         generation=Generation(),
     ),

@@ -138,6 +138,8 @@ FAMILIES = (
             "llava-1.5-13b-hf": {"text_config": llama.sized(40, 5120, 40, 13824, **_TEXT)},
         },
         heads={"captioning": "language_model."},
+        texts=llama.TEXTS,
+        length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         older=OLDER,
         generation=Generation(beside={"written": 1}),

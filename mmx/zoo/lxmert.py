@@ -186,6 +186,8 @@ FAMILIES = (
             "answering": "answer_head",
         },
         prefix="lxmert",
+        texts=bert.TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
     ),
 )

@@ -12,6 +12,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo.config import activation, only
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers, reshaped
 
 ENCODER_LAYER: Table = {  # of every model that copied BART's names
@@ -165,6 +166,8 @@ FAMILIES = (
         },
         heads={"captioning": "final_logits_bias"},
         prefix="model",
+        texts=Texts(end="</s>", pad="<pad>", unknown="<unk>"),
+        length=lambda c: c.max_position_embeddings,
         # The sines and cosines are fixed; tied copies of the words are the same tensor.
         known=(r"(en|de)coder\.embed_(tokens|positions)\.weight$", r"^lm_head\.weight$"),
         generation=GENERATION,

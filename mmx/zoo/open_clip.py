@@ -385,7 +385,6 @@ COCA = _library(
     lambda model: "multimodal_cfg" in model,
     dict,
     lambda c: {**changed(c), "custom_text": True},
-    inputs={"image": "image", "text": "text"},
 )
 
 _IMAGE: dict[str, dict[str, Any]] = {

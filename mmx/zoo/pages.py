@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmx.modalities import Patches
+from mmx.modalities import PackedPatches, Patches
 from mmx.modalities.catalogue import example_shape
 from mmx.zoo import MODULES, create_model
 from mmx.zoo.family import Family
@@ -60,12 +60,14 @@ def _page(about: str, family: Family, counts: Mapping[str, int], call: Call | No
 def _steps(family: Family, modalities: Mapping[str, Any]) -> list[str]:
     """What is prepared of each kind of raw value, where the folder has the files for it."""
     steps = []
-    if family.texts is not None:
+    if callable(family.texts):
+        steps.append("`texts` (as the tower that reads them)")
+    elif family.texts is not None:
         rules = ", ".join(f"{f.name} {value!r}" for f, value in _changed(family.texts))
         steps.append(f"`{'words, boxes' if family.texts.page is not None else 'texts'}`" + (f" ({rules})" if rules else ""))
     if family.video:
         steps.append("`videos`")
-    elif "image" in modalities and type(modalities["image"]) is Patches:
+    elif "image" in modalities and type(modalities["image"]) in (Patches, PackedPatches):
         steps.append("`images`")
     if family.sound is not None:
         steps.append(f"`audio` ({str(family.sound.__doc__).strip().splitlines()[0].rstrip('.')})")

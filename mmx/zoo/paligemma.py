@@ -118,6 +118,8 @@ FAMILIES = (
         _forward,
         names={f"paligemma-3b-pt-{size}": _at(size) for size in (224, 448, 896)},
         heads={"captioning": "language_model."},
+        texts=gemma.TEXTS,
+        length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         older=OLDER,
         generation=Generation(beside={"token_type_ids": 1, "written": 1}),

@@ -16,6 +16,7 @@ from mmx.types import Masked
 from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
 ANY_LENGTH = 2**16  # of features, which have no positions
@@ -162,6 +163,9 @@ FAMILIES = (
         names={"language-perceiver": {"qk_channels": 256, "v_channels": 1280}},
         heads={"masked-lm": "embedding_decoder"},
         prefix="perceiver",
+        texts=Texts("[CLS]", "[SEP]", bytes=("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")),
+        length=lambda c: c.max_position_embeddings,
+        inputs={"inputs": "input_ids", "attention_mask": "attention_mask"},
         known=(r"^perceiver\.(input_preprocessor|decoder)\.",),
     ),
 )

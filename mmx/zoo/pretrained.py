@@ -104,8 +104,7 @@ class Pretrained:
         if library is not None and library not in known:
             raise InputError(f"{family.name}: " + unknown("library", library, known))
         family = family if library is None else family.under(known[library])
-        names = family.library.inputs if family.library else None
-        steps = dataclasses.replace(self.preprocess, names=names or None)  # type: ignore[type-var]
+        steps = dataclasses.replace(self.preprocess, names=family.prepared)  # type: ignore[type-var]
         files, images = dict(self.files), getattr(steps, "images", None)
         if family.library is None and images is not None and preprocess.IMAGES not in files:
             fields = preprocess.write_images(images)
@@ -335,9 +334,10 @@ def as_published(
     extra = {n: value for n, value in fields.items() if n not in own}
     files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
     length = family.length(config) if family.length else None
-    steps = preprocess.read(folder, length, family.texts, family.video, family.sound)
-    if library:
-        steps = dataclasses.replace(steps, images=library.images(fields) or steps.images, names=library.inputs or None)
+    rules = family.texts(config) if callable(family.texts) else family.texts
+    steps = preprocess.read(folder, length, rules, family.video, family.sound)
+    images = (library.images(fields) if library else None) or steps.images
+    steps = dataclasses.replace(steps, images=images, names=family.prepared)
     return Pretrained(model, params, config, family, heads, steps, extra, files)
 
 

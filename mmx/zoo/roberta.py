@@ -15,6 +15,7 @@ from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
 
@@ -75,7 +76,7 @@ def read_text(c: Any, inputs: Mapping[str, Any]) -> Masked:
     """What `bert.read_text` reads, each id in the place that RoBERTa gives it where `position_ids` are not there."""
     raw = bert.read_text(inputs)
     if "place" not in raw.array:
-        ids, longest = raw.array["ids"], c.max_position_embeddings - c.pad_token_id - 1
+        ids, longest = raw.array["ids"], length(c)
         if ids.shape[1] > longest:
             raise InputError(
                 f"input_ids: {ids.shape[1]} tokens; places are counted from {c.pad_token_id + 1}, up to {longest} fit"
@@ -103,7 +104,16 @@ _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 1
 _MANY = {**_PUBLISHED, "vocab_size": 250002}
 
 
-def _family(name: str, names: Mapping[str, Mapping[str, Any]]) -> Family:
+TEXTS = Texts("<s>", "</s>", "<pad>", "<unk>", twice=True)
+MANY = dataclasses.replace(TEXTS, first=("<s>", "<pad>", "</s>", "<unk>"))
+
+
+def length(c: Any) -> int:
+    """The longest text, whose places begin behind that of padding."""
+    return c.max_position_embeddings - c.pad_token_id - 1
+
+
+def _family(name: str, names: Mapping[str, Mapping[str, Any]], texts: Texts) -> Family:
     return Family(
         name,
         RobertaConfig,
@@ -113,6 +123,8 @@ def _family(name: str, names: Mapping[str, Mapping[str, Any]]) -> Family:
         names=names,
         heads={"masked-lm": "lm_head", "classification": "classifier"},
         prefix="roberta",
+        texts=texts,
+        length=length,
         known=(r"position_ids$", r"^lm_head\.decoder\.(weight|bias)$", r"pooler\.dense\.(weight|bias)$"),
     )
 
@@ -125,6 +137,7 @@ FAMILIES = (
             "roberta-large": {**_PUBLISHED, **_LARGE},
             "distilroberta-base": {**_PUBLISHED, "num_hidden_layers": 6},
         },
+        TEXTS,
     ),
-    _family("xlm-roberta", {"xlm-roberta-base": _MANY, "xlm-roberta-large": {**_MANY, **_LARGE}}),
+    _family("xlm-roberta", {"xlm-roberta-base": _MANY, "xlm-roberta-large": {**_MANY, **_LARGE}}, MANY),
 )

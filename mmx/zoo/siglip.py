@@ -20,6 +20,7 @@ from mmx.types import Masked
 from mmx.zoo import clip, open_clip
 from mmx.zoo.config import Layers, Pixels, activation, only
 from mmx.zoo.family import Family, Runner, channels_last, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, attention_table, convolution, layers, reshaped
 
 SCALE, BIAS = 10.0, -10.0  # first values (arXiv 2303.15343, 3.2)
@@ -217,6 +218,8 @@ def _names() -> dict[str, dict[str, Any]]:
     return names
 
 
+TEXTS = Texts(end="</s>", pad="</s>", unknown="<unk>", lower=True, plain=True, full=True, mask=False)
+TEXTS_2 = dataclasses.replace(TEXTS, end="<eos>", pad="<pad>", plain=False)
 FAMILIES = (
     Family(
         "siglip",
@@ -225,6 +228,8 @@ FAMILIES = (
         _table,
         _forward,
         names=_names() | open_clip.siglip_names(),
+        texts=TEXTS,
+        length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$",),
         libraries=(open_clip.SIGLIP,),
     ),
@@ -235,6 +240,8 @@ FAMILIES = (
         _table,
         _forward,
         names={f"siglip2-{size}-patch16-naflex": _sized(size, {"vocab_size": 256000}, {}) for size in ("base", "so400m")},
+        texts=TEXTS_2,
+        length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$",),
     ),
 )

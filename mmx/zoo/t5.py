@@ -16,6 +16,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo.config import activation
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family, padded
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers, reshaped
 
 
@@ -157,6 +158,8 @@ FAMILIES = (
         },
         # Whether the matrix is tied is what the file says: transformers 5 writes tie_word_embeddings=true in either case.
         heads={"captioning": "shared.", "untied": "lm_head."},
+        texts=Texts(end="</s>", pad="<pad>", unknown="<unk>", more=100),
+        length=lambda c: 512,  # it has no longest; this is what it was trained with
         known=(r"^(en|de)coder\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias\.weight$"),
         generation=GENERATION,
     ),

@@ -75,6 +75,8 @@ FAMILIES = (
         },
         heads={"masked-lm": "cls.predictions"},
         prefix="tapas",
+        texts=bert.TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=bert.KNOWN,
     ),
 )

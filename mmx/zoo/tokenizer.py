@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import string
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,13 @@ FILES = (
     "merges.txt",
     "spiece.model",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "beit3.spm",
+    "source.spm",
+    "target.spm",
+    "added_tokens.json",
 )
+PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "beit3.spm")
 SPACE = "▁"  # how SentencePiece writes a space
 
 
@@ -31,39 +38,60 @@ class Texts:
     """How a family reads texts, where its files do not tell.
 
     Args:
-        begin: the token in front; None: none.
+        begin: the token in front, or several with spaces between them; None: none.
         end: the token behind; None: none.
-        pad: the token of what is not there.
+        pad: the token of what is not there; a number: its id, whatever the files say.
         unknown: the token of what is not in the vocabulary.
         lower: whether letters are made small.
+        plain: whether signs of punctuation are left out (SigLIP).
         full: whether every text is padded to the longest that the model takes (CLIP, SigLIP), and not to the longest given.
+        left: whether texts are padded on the left, so that what is written stands behind them.
+        mask: whether there is a mask of what exists; SigLIP reads its padding.
+        types: whether the two texts of a pair are told apart by `token_type_ids` (BERT).
+        twice: whether the token behind stands twice between them (RoBERTa).
         word_end: what a byte-pair vocabulary marks the end of a word with (CLIP).
         space: whether a space is put in front of a byte-pair vocabulary's first word, as of the others (RoBERTa's words of
             pages).
+        first: the first tokens, of an XLM-RoBERTa, in place of the first three of its SentencePiece file.
+        more: how many `<extra_id_*>` stand behind the pieces (T5).
+        bytes: the tokens in front of the 256 bytes, of a family that reads texts byte by byte and needs no files (Perceiver).
         page: for a family that reads words in boxes (LayoutLM), all four sides of the box of the token behind; that of the
             others is 0. None: the family reads no boxes.
     """
 
     begin: str | None = None
     end: str | None = None
-    pad: str = "[PAD]"
+    pad: str | int = "[PAD]"
     unknown: str = "[UNK]"
     lower: bool = False
+    plain: bool = False
     full: bool = False
+    left: bool = False
+    mask: bool = True
+    types: bool = False
+    twice: bool = False
     word_end: str = ""
     space: bool = False
+    first: tuple[str, ...] = ()
+    more: int = 0
+    bytes: tuple[str, ...] = ()
     page: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSteps:
-    """Texts to published inputs: ids padded on the right, and their attention mask.
+    """Texts to published inputs: padded ids, and their attention mask.
 
     Args:
         tokenizer: from texts to ids.
         pad: the id of what is not there.
         length: the longest text.
         full: whether all are padded to it.
+        left: whether they are padded on the left.
+        mask: whether the mask is returned.
+        types: whether the types of the tokens of pairs are returned.
+        vocab: the ids of its tokens, where they are not its own (Marian).
+        unknown: the token of those that `vocab` does not have.
         boxes: of special tokens, for words in boxes: `{id: (left, top, right, bottom)}`; empty: it reads no boxes.
     """
 
@@ -71,15 +99,22 @@ class TextSteps:
     pad: int
     length: int
     full: bool
+    left: bool = False
+    mask: bool = True
+    types: bool = False
+    vocab: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unknown: str = ""
     boxes: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-        """`input_ids` and `attention_mask (B, L)` of texts, or of pairs of them with their `token_type_ids`; cut at `length`."""
+        """`input_ids` and `attention_mask (B, L)` of texts, or of pairs (BERT's with `token_type_ids`); cut at `length`."""
         if isinstance(texts, str) or not texts:
             raise InputError(f"texts={texts!r}; expected a list of texts, or of pairs of texts")
         arrays = self.padded(self.encode(texts))
-        if isinstance(texts[0], str):
+        if isinstance(texts[0], str) or not self.types:
             del arrays["token_type_ids"]  # all zero, which is what their absence means
+        if not self.mask:
+            del arrays["attention_mask"]
         return arrays
 
     def encode(self, texts: Sequence[Any], words: bool = False) -> list[tokenizers.Encoding]:
@@ -93,10 +128,11 @@ class TextSteps:
         longest = self.length if self.full else max(len(e.ids) for e in encoded)
         rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
         for e in encoded:
-            missing = longest - len(e.ids)
-            rows["input_ids"].append(e.ids + [self.pad] * missing)
-            rows["attention_mask"].append([1] * len(e.ids) + [0] * missing)
-            rows["token_type_ids"].append(e.type_ids + [0] * missing)
+            own = [self.vocab.get(token, self.vocab[self.unknown]) for token in e.tokens] if self.vocab else e.ids
+            pairs = ((own, self.pad), ([1] * len(own), 0), (e.type_ids, 0))
+            for row, (values, empty) in zip(rows.values(), pairs, strict=True):
+                missing = [empty] * (longest - len(own))
+                row.append(missing + values if self.left else values + missing)
         return {name: np.asarray(row, np.int32) for name, row in rows.items()}
 
 
@@ -141,15 +177,23 @@ def read_texts(folder: Path, length: int, rules: Texts) -> TextSteps | None:
     tokenizer = _read(folder, dataclasses.replace(rules, lower=settings.get("do_lower_case", rules.lower)))
     if tokenizer is None:
         return None
-    names = [_content(settings.get("pad_token")), rules.pad, rules.end, rules.unknown]
-    pad = next((i for i in (tokenizer.token_to_id(name) for name in names if name) if i is not None), 0)
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8")) if _marian(folder) else {}
+    names = [
+        rules.pad if isinstance(rules.pad, int) else _content(settings.get("pad_token")),
+        rules.pad,
+        rules.end,
+        rules.unknown,
+    ]
+    ids = (n if isinstance(n, int) else vocab.get(n, tokenizer.token_to_id(n)) for n in names if n is not None)
+    pad = next((i for i in ids if i is not None), 0)
     length = min(length, int(min(settings.get("model_max_length") or length, 1e9)))
     boxes = {}
     if rules.page is not None:
         begin, end = (tokenizer.token_to_id(token or "") for token in (rules.begin, rules.end))
         sides = ((pad, "pad", 0), (begin, "cls", 0), (end, "sep", rules.page))
         boxes = {i: settings.get(f"{name}_token_box", (side,) * 4) for i, name, side in sides if i is not None}
-    return TextSteps(tokenizer, pad, length, rules.full, boxes)
+    left = not boxes and settings.get("padding_side", "left" if rules.left else "right") == "left"
+    return TextSteps(tokenizer, pad, length, rules.full, left, rules.mask, rules.types, vocab, rules.unknown, boxes)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -161,17 +205,56 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def _marian(folder: Path) -> bool:
+    """Whether the pieces of a SentencePiece file get their ids from another one."""
+    return (folder / "source.spm").exists() and (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists()
+
+
 def _read(folder: Path, rules: Texts) -> tokenizers.Tokenizer | None:
     if (folder / "tokenizer.json").exists():
-        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if rules.lower and rules.full:  # SigLIP 2 was trained with small letters, which its file does not tell
+            own = [tokenizer.normalizer] if tokenizer.normalizer else []
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])  # type: ignore[assignment]
+        return tokenizer
+    pieces = next((folder / name for name in PIECES if (folder / name).exists()), None)
     if (folder / "vocab.txt").exists():
-        return _with_ends(_word_pieces(folder / "vocab.txt", rules), rules)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _with_ends(_byte_pairs(folder, rules), rules)
-    for name in ("spiece.model", "tokenizer.model"):
-        if (folder / name).exists():
-            return _with_ends(sentence_pieces((folder / name).read_bytes(), rules.lower), rules)
-    return None
+        tokenizer = _word_pieces(folder / "vocab.txt", rules)
+    elif _marian(folder):
+        tokenizer = sentence_pieces((folder / "source.spm").read_bytes())
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        tokenizer.add_special_tokens([token for token in vocab if token.startswith(">>") and token.endswith("<<")])
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        tokenizer = _byte_pairs(folder, rules)
+    elif pieces is not None:
+        tokenizer = sentence_pieces(pieces.read_bytes(), rules)
+    elif rules.bytes:
+        tokenizer = _bytes(rules.bytes)
+    else:
+        return None
+    tokenizer.add_special_tokens(_added(folder))
+    return _with_ends(tokenizer, rules)
+
+
+def _added(folder: Path) -> list[str]:
+    """The tokens behind a vocabulary, by their ids."""
+    file = folder / "added_tokens.json"
+    ids = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    ids |= {str(_content(token)): int(i) for i, token in _settings(folder).get("added_tokens_decoder", {}).items()}
+    return sorted(ids, key=ids.__getitem__)
+
+
+def _bytes(special: Sequence[str]) -> tokenizers.Tokenizer:
+    """Texts byte by byte, whose ids follow those of the special tokens."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the bytes that ByteLevel writes as they are
+    others = [byte for byte in range(256) if byte not in printed]
+    letters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    vocab = {token: i for i, token in enumerate([*special, *(letters[byte] for byte in range(256))])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
 
 
 def _word_pieces(file: Path, rules: Texts) -> tokenizers.Tokenizer:
@@ -203,11 +286,14 @@ def _byte_pairs(folder: Path, rules: Texts) -> tokenizers.Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=rules.space)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     vocab = tokenizer.get_vocab()
-    tokenizer.add_special_tokens([t for t in dict.fromkeys((rules.begin, rules.end, rules.pad)) if t and t in vocab])
+    special = dict.fromkeys((*(rules.begin or "").split(), rules.end, rules.pad, rules.unknown))
+    tokenizer.add_special_tokens([t for t in special if isinstance(t, str) and t in vocab])
+    if "<mask>" in vocab:
+        tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
     return tokenizer
 
 
-def sentence_pieces(model: bytes, lower: bool = False) -> tokenizers.Tokenizer:
+def sentence_pieces(model: bytes, texts: Texts = Texts()) -> tokenizers.Tokenizer:
     """A SentencePiece model file (a protocol buffer), unigram or byte-pair, as a tokenizer without tokens in front or behind."""
     pieces: list[tuple[str, float]] = []
     kinds: list[int] = []
@@ -222,6 +308,9 @@ def sentence_pieces(model: bytes, lower: bool = False) -> tokenizers.Tokenizer:
         elif field == 3:
             rules = dict(_messages(value))
             charsmap, prefix, squeeze = rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1))
+    if texts.first:  # fairseq's order
+        pieces = [*((token, 0.0) for token in texts.first), *pieces[3:], ("<mask>", 0.0)]
+        kinds = [2 if token == texts.unknown else 3 for token in texts.first] + kinds[3:] + [3]
     unknown = kinds.index(2) if 2 in kinds else 0
     by_bytes = 6 in kinds
     if unigram:
@@ -232,8 +321,11 @@ def sentence_pieces(model: bytes, lower: bool = False) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer(
             models.BPE(vocab, merges, unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=by_bytes)
         )
-    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
-    steps += [normalizers.Lowercase()] if lower else []
+    steps: list[Any] = [normalizers.Lowercase()] if texts.lower else []
+    if texts.plain:
+        signs = "".join("\\" + sign for sign in string.punctuation)
+        steps += [normalizers.Replace(tokenizers.Regex(f"[{signs}]"), ""), normalizers.Replace(tokenizers.Regex(r"\s+"), " ")]
+    steps += [normalizers.Precompiled(charsmap)] if charsmap else []
     if squeeze:
         steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
@@ -242,7 +334,12 @@ def sentence_pieces(model: bytes, lower: bool = False) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
         [decoders.ByteFallback(), decoders.Metaspace(SPACE, prepend_scheme=scheme)]
     )
-    tokenizer.add_special_tokens([piece for (piece, _), kind in zip(pieces, kinds, strict=True) if kind in (2, 3)])
+    named = [(piece, kind) for (piece, _), kind in zip(pieces, kinds, strict=True)]
+    tokenizer.add_special_tokens([piece for piece, kind in named if kind in (2, 3)])
+    tokenizer.add_tokens(
+        [tokenizers.AddedToken(piece, normalized=False) for piece, kind in named if kind == 4 and SPACE not in piece]
+    )
+    tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(texts.more))])
     return tokenizer
 
 
@@ -284,13 +381,15 @@ def _messages(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _with_ends(tokenizer: tokenizers.Tokenizer, rules: Texts) -> tokenizers.Tokenizer:
     """Puts the family's tokens in front of and behind every text."""
-    ends = [(token, tokenizer.token_to_id(token)) for token in (rules.begin, rules.end) if token]
+    begin, end = (rules.begin or "").split(), rules.end
+    ends = [(token, tokenizer.token_to_id(token)) for token in (*begin, end) if token]
     if missing := [token for token, i in ends if i is None]:
         raise InputError(f"the vocabulary has no {' and no '.join(missing)}, which stand around every text of this family")
     if ends:
-        front, behind = (f"{token} " if token else "" for token in (rules.begin, rules.end))
+        front, behind = "".join(f"{token} " for token in begin), f"{end} " if end else ""
         single = f"{front}$A {behind}".strip()
-        pair = f"{front}$A:0 {behind}$B:1 {behind.strip() + ':1' if behind else ''}".strip()
+        between = behind * 2 if rules.twice else behind
+        pair = f"{front}$A:0 {between}$B:1 {behind.strip() + ':1' if behind else ''}".strip()
         tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
             single=single, pair=pair, special_tokens=list(dict.fromkeys(ends))
         )

@@ -15,6 +15,7 @@ from mmx.topologies import Joint
 from mmx.zoo import bert
 from mmx.zoo.config import Words
 from mmx.zoo.family import REGIONS, Family, Run, Runner, padded, padded_features
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
 BOX = 7  # x1 y1 x2 y2, width, height, area
@@ -229,6 +230,9 @@ FAMILIES = (
             "matching": "itm_output",
         },
         prefix="uniter",
+        texts=Texts("[CLS]", "[SEP]"),
+        length=lambda c: c.max_position_embeddings,
+        inputs={"input_ids": "input_ids", "attn_masks": "attention_mask"},  # of texts alone; beside regions, theirs stand behind
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$", r"^feat_regress\.weight$"),
     ),
 )

@@ -151,6 +151,8 @@ FAMILIES = (
         _forward,
         names={"univl-base": {}},
         heads={"captioning": "decoder."},
+        texts=bert.TEXTS,
+        length=lambda c: c.bert.max_position_embeddings,
         known=(
             r"^decoder\.embeddings\.(word|position)_embeddings\.weight$",
             r"^decoder\.classifier\.cls\.predictions\.decoder\.weight$",

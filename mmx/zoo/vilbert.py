@@ -237,6 +237,8 @@ FAMILIES = (
         },
         heads={"masked-lm": "cls.predictions", "region-classes": "cls.imagePredictions", "matching": "cls.bi_seq_relationship"},
         prefix="bert",
+        texts=bert.TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$", r"\.biOutput\.q_dense[12]\."),
     ),
 )

@@ -157,6 +157,8 @@ FAMILIES = (
         names={"vilt-b32": {}, "vilt-b32-mlm": {}},
         heads={"masked-lm": "mlm_score"},
         prefix="vilt",
+        texts=bert.TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"position_ids$", r"^mlm_score\.bias$", r"^mlm_score\.decoder\.weight$"),
     ),
 )

@@ -22,10 +22,11 @@ from typing import Any
 
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
-from mmx.zoo import bert, clip
+from mmx.zoo import clip
 from mmx.zoo.config import parse
 from mmx.zoo.family import Family, Run, Runner
 from mmx.zoo.pretrained import Pretrained
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
 
 TOWERS = {"image": ("vision", "vit"), "text": ("text", "bert")}  # stream -> published name, family where none is told
@@ -119,10 +120,14 @@ def _forward(run: Runner, c: DualEncoderConfig, inputs: Mapping[str, Any]) -> di
     return {**fields, **clip.similarities(embeds.get("image"), embeds.get("text"), scale, loss)}
 
 
-def _length(c: DualEncoderConfig) -> int | None:
-    """The longest text of a tower that reads texts by BERT's rules; those of the others are told by their tokenizer alone."""
+def _texts(c: DualEncoderConfig) -> Texts | None:
     family, config = _family(c, "text")
-    return family.length(config) if family.length and family.texts == bert.TEXTS else None
+    return family.texts(config) if callable(family.texts) else family.texts
+
+
+def _length(c: DualEncoderConfig) -> int | None:
+    family, config = _family(c, "text")
+    return family.length(config) if family.length else None
 
 
 FAMILIES = (
@@ -143,7 +148,7 @@ FAMILIES = (
             },
         },
         known=(r"position_ids$", r"mask_token$", r"relative_position_index$"),
-        texts=bert.TEXTS,
+        texts=_texts,
         length=_length,
         older={r"^(vision|text)_model\.(?=embeddings|encoder|pre_|post_|final_)": r"\1_model.\1_model."},
     ),

@@ -103,6 +103,8 @@ FAMILIES = (
         },
         heads={"masked-lm": "cls.predictions", "matching": "cls.seq_relationship"},
         prefix="visual_bert",
+        texts=bert.TEXTS,
+        length=lambda c: c.max_position_embeddings,
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
     ),
 )

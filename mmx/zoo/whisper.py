@@ -13,6 +13,7 @@ from mmx.zoo import marian
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family
 from mmx.zoo.sounds import LogMelSteps
+from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, convolution, layers
 
 
@@ -108,6 +109,9 @@ FAMILIES = (
         },
         heads={"captioning": "model."},
         prefix="model",
+        texts=Texts("<|startoftranscript|> <|notimestamps|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", mask=False),
+        length=lambda c: c.max_target_positions,
+        inputs={"input_features": "input_features", "attention_mask": "attention_mask", "decoder_input_ids": "input_ids"},
         known=(r"^proj_out\.weight$",),
         generation=GENERATION,
         sound=LogMelSteps,
