@@ -49,6 +49,8 @@ def convert(config: Convert) -> str:
     from_run = is_run(source)
     if not from_run and config.dtype != "float32":
         raise InputError(f"--dtype {config.dtype}: {source} becomes a run folder, whose weights are float32")
+    if not from_run and config.shard != Convert.shard:
+        raise InputError(f"--shard {config.shard}: {source} becomes a run folder, which has no published files; leave it out")
     pretrained = load_pretrained(source, family=config.family or None)
     if not from_run:
         save_run(target, pretrained)

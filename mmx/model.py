@@ -35,6 +35,7 @@ class MultimodalTransformer(nn.Module):
         projections: modality -> what leads its vector into the shared space; if not named, a `Projection` without bias.
         logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
+        max_logit_scale: the most that inverse temperature may be; None: no limit, as in the forward pass of published models.
     """
 
     modalities: Mapping[str, nn.Module]
@@ -47,6 +48,7 @@ class MultimodalTransformer(nn.Module):
     logit_scale: float | None = 1 / 0.07
     logit_bias: float | None = None
     pool_after: int | None = None
+    max_logit_scale: float | None = MAX_LOGIT_SCALE
 
     @nn.compact
     def __call__(
@@ -94,7 +96,8 @@ class MultimodalTransformer(nn.Module):
         scale = None
         if self.logit_scale is not None:
             scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale)), ())
-            scale = jnp.minimum(jnp.exp(scale), MAX_LOGIT_SCALE)
+            scale = jnp.exp(scale)
+            scale = scale if self.max_logit_scale is None else jnp.minimum(scale, self.max_logit_scale)
         bias = None if self.logit_bias is None else self.param("logit_bias", nn.initializers.constant(self.logit_bias), ())
         return Outputs(streams, pooled, embeddings, logits, scale, bias)
 
@@ -153,6 +156,7 @@ def build_model(
     projections: Mapping[str, nn.Module] | None = None,
     logit_scale: float | None = 1 / 0.07,
     logit_bias: float | None = None,
+    max_logit_scale: float | None = MAX_LOGIT_SCALE,
     pool_after: int | None = None,
     dtype: str = "float32",
     **block: Any,
@@ -174,6 +178,7 @@ def build_model(
         projections: what leads a modality's vector into the shared space; not named: a `Projection` without bias.
         logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
+        max_logit_scale: the most that inverse temperature may be; None: no limit.
         dtype: type of the computation, float32 or bfloat16; parameters are float32.
         **block: further fields of `mmx.layers.BlockConfig`.
 
@@ -206,6 +211,7 @@ def build_model(
         logit_scale=logit_scale,
         logit_bias=logit_bias,
         pool_after=pool_after,
+        max_logit_scale=max_logit_scale,
     )
 
 

@@ -1,7 +1,6 @@
 """One door for weights: published folders, mmx's own run folders, and what `save_pretrained` made of a run."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from mmx.train.checkpoint import Checkpoints, find_checkpoint
 from mmx.train.experiment import Experiment, Published, from_json, to_json
 from mmx.train.folder import RunFolder, load_run
 from mmx.zoo import weights as weight_files
+from mmx.zoo.config import read_fields
 from mmx.zoo.family import Family, Runner
-from mmx.zoo.pretrained import Pretrained, abstract_params, as_published, load_published
+from mmx.zoo.pretrained import Pretrained, abstract_params, as_published, change_blocks, load_published
 
 MODEL_TYPE = "mmx"
 TOKENIZER = "tokenizer.json"
@@ -32,7 +32,7 @@ def load_pretrained(
     *,
     family: str | None = None,
     heads: Sequence[str] | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     mesh: Mesh | None = None,
     remat: str | None = None,
     unroll: int | None = None,
@@ -41,11 +41,11 @@ def load_pretrained(
 
     Args:
         folder: where they lie: `config.json` and safetensors (sharded index included), or a run.
-        family: which published family it is, where config.json has no `model_type`.
-        heads: which published heads; None: those the weights have.
-        dtype: type of the computation; a run has its own.
+        family: which published family it is, where config.json has no `model_type`; not of a run.
+        heads: which published heads; None: those the weights have; not of a run, which has its own.
+        dtype: type of the computation; None: float32, or the run's.
         mesh: devices to load onto; each gets its part of every parameter.
-        remat: of a published model's blocks, `mmx.layers.BlockConfig`: what a backward pass computes again.
+        remat: of the blocks, `mmx.layers.BlockConfig`: what a backward pass computes again.
         unroll: likewise: layers per iteration of a scan; as many as there are: none, for speed on a CPU.
 
     Returns:
@@ -57,15 +57,19 @@ def load_pretrained(
     """
     folder = Path(folder)
     kind = _kind(folder)
-    if kind == MODEL_TYPE:
-        return _load_saved(folder, mesh)
-    if kind == "run":
+    if kind in (MODEL_TYPE, "run"):
+        for name, value in {"family": family, "heads": heads}.items():
+            if value is not None:
+                raise InputError(f"{name}={value!r} has no effect on {folder}, which is a run and has its own; leave it out")
+        if kind == MODEL_TYPE:
+            return _load_saved(folder, mesh, dtype, remat=remat, unroll=unroll)
         experiment, model, params, tokenizer = load_run(folder, mesh or make_mesh(MeshConfig()))
+        model = _changed(experiment, model, dtype, remat=remat, unroll=unroll)
         if (published := experiment.published) is None:
             return _own(experiment, model, params, tokenizer)
         beside = RunFolder(find_checkpoint(folder)[0].parent).published
         return as_published(beside, *published.parts, published.fields, published.heads, model, params)
-    return load_published(folder, family=family, heads=heads, dtype=dtype, mesh=mesh, remat=remat, unroll=unroll)
+    return load_published(folder, family=family, heads=heads, dtype=dtype or "float32", mesh=mesh, remat=remat, unroll=unroll)
 
 
 def save_run(folder: str | Path, pretrained: Pretrained) -> None:
@@ -106,16 +110,20 @@ def _kind(folder: Path) -> str | None:
     if not file.exists():
         with_checkpoint = folder.is_dir() and (folder.name.isdigit() or folder.name == "checkpoints")
         return "run" if with_checkpoint and find_checkpoint(folder) else None
-    try:
-        fields = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
+    fields = read_fields(file)
     return "run" if fields.get("class") == Experiment.__name__ else fields.get("model_type")
 
 
-def _load_saved(folder: Path, mesh: Mesh | None) -> Pretrained:
-    experiment = from_json(json.loads((folder / "config.json").read_text())["experiment"])
-    model = experiment.build_model()
+def _changed(experiment: Experiment, model: MultimodalTransformer, dtype: str | None, **run: Any) -> MultimodalTransformer:
+    """A run's model that computes in another type, or runs in another way; None: as it does."""
+    if dtype is not None:
+        model = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype=dtype)).build_model()
+    return change_blocks(model, dtype=dtype, **run)
+
+
+def _load_saved(folder: Path, mesh: Mesh | None, dtype: str | None, **run: Any) -> Pretrained:
+    experiment = from_json(read_fields(folder / "config.json")["experiment"])
+    model = _changed(experiment, experiment.build_model(), dtype, **run)
     shapes = abstract_params(model)
     tensors = weight_files.Tensors(folder)
     weights = weight_files.resolve(_table(shapes), shapes)

@@ -246,9 +246,13 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def share(found: np.ndarray, expected: np.ndarray) -> float:
     """The difference as a share of what is allowed: above 1 it is too large."""
-    if np.issubdtype(expected.dtype, np.integer):
+    if not np.issubdtype(expected.dtype, np.inexact):
         return 0.0 if np.array_equal(found, expected) else np.inf
-    return float(np.abs(found - expected).max()) / (TOLERANCE * max(1.0, float(np.abs(expected).max())))
+    finite = np.isfinite(expected)
+    if not (np.isfinite(found[finite]).all() and np.array_equal(found[~finite], expected[~finite], equal_nan=True)):
+        return np.inf
+    largest = float(np.abs(expected[finite]).max(initial=1.0))
+    return float(np.abs(found[finite] - expected[finite]).max(initial=0.0)) / (TOLERANCE * largest)
 
 
 def compare(folder: str | Path) -> dict[str, float]:

@@ -17,9 +17,11 @@ from mmx import cli
 from mmx.convert import Convert, convert
 from mmx.errors import InputError
 from mmx.objectives import Contrastive
+from mmx.pretrained import _own
 from mmx.train.experiment import Published, from_json
 from mmx.train.loop import run
 from mmx.zoo import Pretrained, configuration
+from mmx.zoo.pretrained import abstract_params
 
 PUBLISHED = Path(__file__).parent / "published"
 
@@ -74,6 +76,30 @@ def test_half_precision_in_several_files(tmp_path, capsys):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16").astype("f")), found, expected)
 
 
+def test_how_a_run_is_loaded(tmp_path, capsys):
+    """It computes in the type and in the way that are asked for; what it has of its own is not asked for."""
+    there, own = tmp_path / "run", tmp_path / "own"
+    convert(Convert(str(PUBLISHED / "BertForPreTraining"), str(there)))
+    model = mmx.load_pretrained(there, dtype="bfloat16", unroll=3, remat="full").model
+    block = model.stages[0].block
+    assert (model.dtype, block.dtype, block.unroll, block.remat) == ("bfloat16", "bfloat16", 3, "full")
+    experiment = mmx.Experiment(evaluators={})
+    params = jax.tree.map(lambda x: np.zeros(x.shape, "f"), abstract_params(experiment.build_model()))
+    mmx.save_pretrained(own, _own(experiment, experiment.build_model(), params, None))
+    assert mmx.load_pretrained(own).model.stages[0].block.unroll == 2
+    model = mmx.load_pretrained(own, dtype="bfloat16", unroll=3, remat="full").model
+    block = model.stages[0].block
+    assert (model.dtype, block.dtype, block.unroll, block.remat) == ("bfloat16", "bfloat16", 3, "full")
+    for folder in (there, own):
+        for name, value in {"heads": (), "family": "bert"}.items():
+            with pytest.raises(InputError, match=f"{name}={value!r} has no effect".replace("(", r"\(").replace(")", r"\)")):
+                mmx.load_pretrained(folder, **{name: value})
+        assert cli.main(["convert", str(folder), str(tmp_path / "new"), "--family", "bert"]) == 2
+        assert "family='bert' has no effect" in capsys.readouterr().err
+    with pytest.raises(InputError, match="library 'timm': the model is of no published family"):
+        mmx.load_pretrained(own).under("timm")
+
+
 def test_what_cannot_be_converted_is_refused(tmp_path, capsys):
     source = str(PUBLISHED / "CLIPModel")
     full, odd, empty = (tmp_path / name for name in ("full", "odd", "empty"))
@@ -86,8 +112,9 @@ def test_what_cannot_be_converted_is_refused(tmp_path, capsys):
         ([str(tmp_path / "nowhere"), str(tmp_path / "new")], "there is no folder"),
         ([str(empty), str(tmp_path / "new")], "no config.json; expected a folder with config.json"),
         ([str(odd), str(tmp_path / "new")], "is not JSON"),
-        ([str(PUBLISHED / "MBT"), str(tmp_path / "new")], "has no model_type; name one"),
+        ([str(PUBLISHED / "MBT"), str(tmp_path / "new")], "has no model_type, and is of no model"),
         ([source, str(tmp_path / "new"), "--dtype", "float16"], "becomes a run folder, whose weights are float32"),
+        ([source, str(tmp_path / "new"), "--shard", "1"], "becomes a run folder, which has no published files"),
     ):
         assert cli.main(["convert", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Published models: parity with their reference implementations, weights in both directions, names."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -19,9 +20,10 @@ from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, Pretrained, configuration
-from mmx.zoo.config import parse
+from mmx.zoo.config import override, parse
 from mmx.zoo.family import Chosen
 from mmx.zoo.pages import counts_of
+from mmx.zoo.pretrained import _names, build
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
 COUNTS = counts_of((Path(__file__).parent.parent / "docs" / "models.md").read_text())
@@ -55,6 +57,9 @@ def test_saved_and_loaded_again_they_are_the_same(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
     old, new = (safetensors.numpy.load_file(next(path.glob("*model.safetensors"))) for path in (folder, tmp_path))
     assert set(new) <= set(old)
+    older = {before for name in new for before in _names(name, pretrained.family.older)}
+    left = {n for n in set(old) - set(new) - older if not any(re.search(pattern, n) for pattern in pretrained.family.known)}
+    assert left == set(), "neither written nor known to be a buffer or a copy"
     for name, array in new.items():
         np.testing.assert_array_equal(array, old[name], err_msg=name)
 
@@ -94,6 +99,91 @@ def test_weights_in_several_files(tmp_path):
     with pytest.raises(InputError, match="not a whole safetensors file"):
         mmx.load_pretrained(tmp_path)
     assert (tmp_path / INDEX).exists()
+
+
+def test_weights_that_were_there_before_are_read_no_more(tmp_path):
+    """Several files are written over by one, and by fewer; what is not of this layout stays."""
+    pretrained = mmx.load_pretrained(BERT)
+    mmx.save_pretrained(tmp_path, pretrained, shard=20_000)
+    (tmp_path / "model-card.safetensors").write_bytes(b"")
+    for shard, factor in ((60_000, 2.0), (1 << 30, 3.0)):
+        other = dataclasses.replace(pretrained, params=jax.tree.map(lambda x, factor=factor: factor * x, pretrained.params))
+        mmx.save_pretrained(tmp_path, other, shard=shard)
+        jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path).params, other.params)
+        files = {path.name for path in tmp_path.glob("*.safetensors")} - {"model-card.safetensors"}
+        index = tmp_path / INDEX
+        assert files == (set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"})
+    assert (tmp_path / "model-card.safetensors").exists()
+
+
+def _random(folder, **fields):
+    """A fixture's model with some fields changed, and random parameters."""
+    source = mmx.load_pretrained(folder)
+    config = override(source.config, fields)
+    model = build(source.family, config, source.heads, "float32")
+    shapes, random = mmx.zoo.pretrained.abstract_params(model), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), "float32"), shapes)
+    return dataclasses.replace(source, model=model, params=params, config=config)
+
+
+@pytest.mark.parametrize(
+    ("folder", "read", "unread"),
+    [
+        (BERT, "cls.predictions.decoder.bias", "cls.predictions.bias"),
+        (PUBLISHED[0].parent / "MarianMTModel", "model.decoder.embed_tokens.weight", "model.shared.weight"),
+    ],
+    ids=["bert", "marian"],
+)
+def test_one_leaf_under_two_names(tmp_path, folder, read, unread):
+    """Where the matrix of scores is not tied, one of two tensors is read by nobody."""
+    pretrained = _random(folder, tie_word_embeddings=False)
+    mmx.save_pretrained(tmp_path, pretrained)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    np.testing.assert_array_equal(tensors[read], tensors[unread])
+    safetensors.numpy.save_file({**tensors, unread: tensors[unread] + 1}, file)
+    for mesh in (None, make_mesh(MeshConfig(data=8))):
+        jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path, mesh=mesh).params, pretrained.params)
+
+
+@pytest.mark.parametrize("folder", [CLIP, PUBLISHED[0].parent / "SiglipModel"], ids=lambda folder: folder.name)
+def test_a_published_temperature_has_no_limit(folder):
+    """SigLIP's is exp(4.77); the limit of 100 is one of training."""
+    pretrained = mmx.load_pretrained(folder)
+    params = {**pretrained.params, "logit_scale": jnp.full_like(pretrained.params["logit_scale"], 4.77)}
+    found = pretrained.apply(params, **{n: x for n, x in golden.given(folder).items() if n in ("input_ids", "pixel_values")})
+    text, image = (np.asarray(found[f"{n}_embeds"], np.float64) for n in ("text", "image"))
+    expected = np.exp(4.77) * text @ image.T + np.asarray(params.get("logit_bias", 0.0))
+    np.testing.assert_allclose(found["logits_per_text"], expected, atol=1e-3)
+    np.testing.assert_allclose(found["logit_scale"], np.exp(4.77), rtol=1e-5)
+
+
+def test_heads_that_are_left_out_are_told_by_how_their_names_begin(tmp_path):
+    for folder, name, known in (
+        (BERT, "bert.encoder.extra.cls.predictions.w", "cls.predictions.more"),
+        (PUBLISHED[0].parent / "TimmVisionTransformer", "blocks.0.head.weight", "head.more"),
+    ):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+        safetensors.numpy.save_file({**tensors, name: np.ones(1, "f"), known: np.ones(1, "f")}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError) as error:
+            mmx.load_pretrained(tmp_path, heads=())
+        assert f"unexpected: {name}" in str(error.value) and "(1 tensors)" in str(error.value)
+
+
+def test_files_that_are_not_json_are_named(tmp_path):
+    shutil.copytree(PUBLISHED[0].parent / "OpenClipCLIP", tmp_path, dirs_exist_ok=True)
+    for content, message in (("{", "is not JSON"), ("[]", "is a list; expected an object")):
+        (tmp_path / "open_clip_config.json").write_text(content)
+        with pytest.raises(InputError, match=f"open_clip_config.json {message}"):
+            mmx.load_pretrained(tmp_path)
+
+
+def test_what_is_not_finite_is_compared():
+    one, nan, inf = np.ones(3, "f"), np.asarray([1, np.nan, 1], "f"), np.asarray([1, -np.inf, 1], "f")
+    assert golden.share(nan, one) == golden.share(inf, one) == golden.share(one, nan) == golden.share(-inf, inf) == np.inf
+    assert golden.share(nan, nan) == golden.share(inf, inf) == golden.share(one, one) == 0
+    assert golden.share(one + 4e-5, one) > 1 > golden.share(inf + 1e-5, inf) > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -239,6 +329,15 @@ def test_names():
         mmx.load_pretrained(VIT)(pixel_values=[[1.0]])
     with pytest.raises(InputError, match="unknown field 'num_layers'"):
         mmx.create_model("bert-base-uncased", num_layers=3)
+    for fields, message in (
+        ({"hidden_size": "32"}, "BertConfig.hidden_size='32'; expected int"),
+        ({"hidden_size": {"a": 1}}, "BertConfig.hidden_size={'a': 1}; expected int"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmx.create_model("bert-base-uncased", **fields)
+    with pytest.raises(InputError, match="VisionConfig.patch_size='32'; expected int"):
+        mmx.create_model("clip-vit-base-patch32", vision_config={"patch_size": "32"})
+    assert configuration("vit-base-patch16-224", image_size=[32, 48])[1].image_size == (32, 48)
     with pytest.raises(InputError, match="unknown field 'image_sise'; did you mean 'image_size'"):
         mmx.create_model("clip-vit-base-patch32", vision_config={"image_sise": 3})
     small = mmx.create_model("clip-vit-base-patch32", vision_config={"num_hidden_layers": 1}, dtype="bfloat16")

@@ -1,9 +1,11 @@
 """Published configurations: frozen dataclasses with the published names; what is not supported is named, not ignored."""
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mmx.errors import InputError, unknown
@@ -261,6 +263,21 @@ def only(config: Any, **supported: Any) -> None:
             )
 
 
+def read_fields(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+        InputError: it is not JSON, or has no fields.
+    """
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{file} is a {type(fields).__name__}; expected an object with named fields")
+    return fields
+
+
 def parse(cls: type[Config], fields: Mapping[str, Any], where: str = "config.json") -> Config:
     """A configuration from published fields, those that have no effect left out.
 
@@ -280,10 +297,7 @@ def parse(cls: type[Config], fields: Mapping[str, Any], where: str = "config.jso
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             value = parse(hint, value, f"{where}: {name}")  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            value = tuple(value)
-        _check_type(value, hint, f"{where}: {cls.__name__}.{name}")
-        values[name] = value
+        values[name] = _checked(value, hint, f"{where}: {cls.__name__}.{name}")
     return cls(**values)
 
 
@@ -319,16 +333,24 @@ def override(config: Config, fields: Mapping[str, Any]) -> Config:
     for name in (*whole, *nested):
         if name not in known:
             raise InputError(f"{type(config).__name__}: " + unknown("field", name, known))
-    config = dataclasses.replace(config, **whole)  # type: ignore[type-var]
+    hints = typing.get_type_hints(type(config))
+
+    def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _checked(value, hints[name], f"{type(config).__name__}.{name}") for name, value in fields.items()}
+
+    config = dataclasses.replace(config, **checked(whole))  # type: ignore[type-var]
     parts = {name: getattr(config, name) for name in nested}
     parts = {n: override(part, nested[n]) if dataclasses.is_dataclass(part) else nested[n] for n, part in parts.items()}
-    return dataclasses.replace(config, **parts)  # type: ignore[type-var]
+    return dataclasses.replace(config, **checked(parts))  # type: ignore[type-var]
 
 
-def _check_type(value: Any, hint: Any, where: str) -> None:
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """The value of a field if its type is right, a list as a tuple."""
+    value = tuple(value) if isinstance(value, list) else value
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(c) or c for c in choices if c is not Any)
     kinds += (int,) if float in kinds else ()
     if Any not in choices and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
         expected = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
         raise InputError(f"{where}={value!r}; expected {expected}")
+    return value

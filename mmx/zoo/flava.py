@@ -11,7 +11,7 @@ import numpy as np
 from mmx.heads import Classifier, Pooler, Projection, TokenClassifier
 from mmx.layers import BlockConfig
 from mmx.losses import cross_entropy, masked_mean
-from mmx.model import MAX_LOGIT_SCALE, MultimodalTransformer, build_model
+from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Gather, Norm, PerStream
 from mmx.zoo import bert, vit
 from mmx.zoo.config import Layers, Pixels, Words, activation, only
@@ -233,8 +233,7 @@ def _forward(run: Runner, c: FlavaConfig, inputs: Mapping[str, Any]) -> dict[str
     image, text = (plain.out.embeddings.get(name) for name in ("image", "text"))
     if image is not None and text is not None and c.global_contrastive_weight > 0:
         scale: Any = plain.out.logit_scale
-        scale = jnp.where(scale >= MAX_LOGIT_SCALE, LOGIT_SCALE[1], jnp.maximum(scale, LOGIT_SCALE[0]))
-        similarity, pairs = scale * image @ text.T, jnp.arange(len(image))
+        similarity, pairs = jnp.clip(scale, *LOGIT_SCALE) * image @ text.T, jnp.arange(len(image))
         counts = jnp.ones(len(image), bool) if rows is None else rows
         each = [masked_mean(cross_entropy(x, pairs), counts) for x in (similarity, similarity.T)]
         losses["global_contrastive"] = sum(each) / 2 * c.global_contrastive_weight

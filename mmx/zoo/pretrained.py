@@ -22,7 +22,7 @@ from mmx.topologies.stage import change_block
 from mmx.types import Batch, Masked, Params
 from mmx.zoo import preprocess
 from mmx.zoo import weights as weight_files
-from mmx.zoo.config import parse, to_published
+from mmx.zoo.config import parse, read_fields, to_published
 from mmx.zoo.family import Chosen, Family, Run, as_batch
 from mmx.zoo.preprocess import FILES, Preprocessing
 
@@ -99,6 +99,8 @@ class Pretrained:
         """
         from mmx.zoo import FAMILIES
 
+        if self.family.name not in FAMILIES:
+            raise InputError(f"library {library!r}: the model is of no published family, so that it has no names but its own")
         family = FAMILIES[self.family.name]
         known = {other.name: other for other in family.libraries}
         if library is not None and library not in known:
@@ -303,8 +305,8 @@ def load_published(
     tensors = weight_files.Tensors(folder, library.titles if library else (weight_files.TITLE,))
     config = config if found.infer is None else found.infer(config, tensors.shapes)
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
+    begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
     if heads is None:
-        begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
         heads = tuple(head for head, names in begins.items() if any(n.startswith(names) for n in tensors.shapes))
     model = build(found, config, heads, dtype, remat=remat, unroll=unroll)
     weights, params = _weights(found, config, model)
@@ -312,7 +314,7 @@ def load_published(
     for w in weights:
         name = names.get(w.name, w.name)
         names[w.name] = next((n for n in _names(name, found.older) if n in tensors.shapes), name)
-    known = [*found.known, *(re.escape(b) for h, b in found.heads.items() if h not in heads)]
+    known = [*found.known, *(f"^{re.escape(n)}" for head, names_of in begins.items() if head not in heads for n in names_of)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
     params = weight_files.read(weights, params, tensors, names, where)
@@ -346,7 +348,7 @@ def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], 
     from mmx.zoo import FAMILIES
 
     file = folder / CONFIG
-    fields = json.loads(file.read_text()) if file.exists() else {}
+    fields = read_fields(file) if file.exists() else {}
     name = name or fields.get("model_type")
     if name is not None and name not in FAMILIES:
         raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
@@ -354,7 +356,7 @@ def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], 
         for family in FAMILIES.values() if name is None else (FAMILIES[name],):
             for library in family.libraries:
                 other = folder / library.file
-                if other.exists() and library.holds(said := json.loads(other.read_text())):
+                if other.exists() and library.holds(said := read_fields(other)):
                     return family.under(library), said, other
     if not file.exists():
         raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
@@ -404,11 +406,19 @@ def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "fl
 
 
 def build(family: Family, config: Any, heads: Sequence[str], dtype: str, **run: Any) -> MultimodalTransformer:
-    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None."""
+    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None.
+
+    What was published as the temperature is the temperature: no limit is put on it.
+    """
     for head in heads:
         if head not in family.heads:
             raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
-    model, fields = family.build(config, tuple(heads), dtype), {name: value for name, value in run.items() if value is not None}
+    return change_blocks(family.build(config, tuple(heads), dtype).clone(max_logit_scale=None), **run)
+
+
+def change_blocks(model: MultimodalTransformer, **run: Any) -> MultimodalTransformer:
+    """The model with fields of its blocks changed; those that are None stay."""
+    fields = {name: value for name, value in run.items() if value is not None}
     return model.clone(stages=tuple(change_block(stage, **fields) for stage in model.stages)) if fields else model
 
 

@@ -27,6 +27,7 @@ from flax import traverse_util
 
 from mmx.errors import InputError, writing
 from mmx.parallel.sharding import logical_axes
+from mmx.zoo.config import read_fields
 
 SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 LAYER = re.compile(r"\{(?:(\d+)\+(\d+))?\}")  # {} every layer; {6+1} from the seventh on; {0+2} every second one
@@ -230,7 +231,7 @@ class Tensors:
         self.folder = folder
         files = [folder / title for title in titles if (folder / title).exists()][:1]
         if (folder / INDEX).exists() and TITLE in titles:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            names = sorted(set(read_fields(folder / INDEX)["weight_map"].values()))
             if absent := [name for name in names if not (folder / name).exists()]:
                 raise InputError(f"{folder}: {INDEX} names {', '.join(absent)}, which is not there; fetch every part")
             files = [folder / name for name in names]
@@ -298,13 +299,13 @@ def read(weights: Sequence[Weight], params: Any, tensors: Tensors, names: Mappin
 
     With `shardings`, every device gets its part of a leaf and nothing else.
     """
-    by_path: dict[str, list[Weight]] = {}
-    for weight in weights:
-        by_path.setdefault(weight.path, []).append(weight)
+    by_path: dict[str, dict[int | None, Weight]] = {}
+    for weight in weights:  # of several published names of one leaf, the first one of the table is read
+        by_path.setdefault(weight.path, {}).setdefault(weight.layer, weight)
     targets = flat(shardings) if shardings is not None else {}
 
     def load(path: str, leaf: Any) -> jax.Array:
-        parts = by_path[path]
+        parts = list(by_path[path].values())
         arrays = [tensors[names.get(w.name, w.name)] for w in parts]
 
         def part(index: Any) -> np.ndarray:
@@ -342,7 +343,10 @@ def _gather(views: Sequence[np.ndarray]) -> np.ndarray:
 def write(
     folder: Path, weights: Sequence[Weight], params: Any, dtype: str = "float32", shard: float = SHARD, title: str = TITLE
 ) -> None:
-    """Writes our parameters in the published layout: one file, or several `model-...` of `shard` bytes and their index."""
+    """Writes our parameters in the published layout: one file, or several `model-...` of `shard` bytes and their index.
+
+    An index and parts of that layout that were there before go: a reader would take them for these weights.
+    """
     leaves = flat(params)
     parts: dict[str, list[tuple[Weight, np.ndarray]]] = {}
     for weight in weights:
@@ -363,6 +367,10 @@ def write(
     titles = [title]
     if len(files) > 1:
         titles = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    before = [folder / INDEX, *sorted(folder.glob("model-*-of-*.safetensors"))] if title == TITLE else []
+    for path in before:
+        with writing(path):
+            path.unlink(missing_ok=True)
     for title, content in zip(titles, files, strict=True):
         with writing(folder / title) as path:
             safetensors.numpy.save_file(content, str(path), {"format": "pt"})
