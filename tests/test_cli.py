@@ -141,7 +141,7 @@ def test_models_are_listed_and_profiled(capsys):
     out = capsys.readouterr().out
     assert re.search(r"ViT-S-32 +224 +384 +384 +384 +63\.09 +22\.64 +40\.44 +5\.66 +2\.29 +3\.38", out)
     assert "stages_0" in out and "attention in full" in out
-    assert cli.main(["profile", "ViT-S-*"]) == 0
+    assert cli.main(["profile", "ViT-S-??"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["model", "ViT-S-16", "ViT-S-32", "FLOPs:"]
     assert cli.main(["profile", "ViT-B-3"]) == 2 and "did you mean 'ViT-B-32'" in capsys.readouterr().err
     assert cli.main(["profile"]) == 2 and "mmx list lists them" in capsys.readouterr().err
