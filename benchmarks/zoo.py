@@ -28,14 +28,13 @@ import numpy as np
 import optax
 
 import mmx
-from mmx.layers.stack import by_layer
 from mmx.parallel import MeshConfig, make_mesh, shardings
 from mmx.train import TrainState, compile_step, train_step
 from mmx.zoo import build, configuration, save_pretrained
 from mmx.zoo.pretrained import Pretrained, abstract_params
 
 ADAMW = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-DEPTH = 12  # no model has more layers: mmx without a scan over them, and with an array for each, as on the other sides
+DEPTH = 12  # no model has more layers: mmx without a scan over them, as on the other sides
 CLOSE = {"float32": 1e-4, "bfloat16": 3e-2}  # how far losses may be apart, relatively
 
 
@@ -238,10 +237,10 @@ class PublishedLoss:
 
 def our_side(ours: Pretrained, case: Case, batch: Mapping[str, Any], train: bool, dtype: str) -> Callable[[], Any]:
     if not train:
-        small = dataclasses.replace(ours, params=by_layer(jax.tree.map(lambda x: x.astype(dtype), ours.params)))
+        small = dataclasses.replace(ours, params=jax.tree.map(lambda x: x.astype(dtype), ours.params))
         return lambda: small(**batch)[case.output]
     optimizer, mesh = adamw(), make_mesh(MeshConfig())
-    params, zero = jax.tree.map(jnp.array, by_layer(ours.params)), jnp.zeros((), jnp.int32)
+    params, zero = jax.tree.map(jnp.array, ours.params), jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, optimizer.init(params), None, jax.random.key(0), zero + 0, zero + 0)
     with jax.set_mesh(mesh):
         task = PublishedLoss(ours, case.flags)

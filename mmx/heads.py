@@ -16,13 +16,12 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS, MLP, AttentionPool, BlockConfig, Stack, make_norm
-from mmx.layers.products import Dense
+from mmx.layers.products import INITIAL, Dense
 from mmx.layers.stack import sow_states
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Streams, Tokens
 
-INITIAL = nn.initializers.normal(0.02)
 FUSES = ("mean", "sum", "product")
 
 

@@ -14,8 +14,8 @@ from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
 from mmx.layers.stack import sow_states
 from mmx.modalities.masking import token_mask
-from mmx.topologies import FUSED, Stage, make_topology
-from mmx.topologies.stage import fill_block
+from mmx.topologies import Stage, make_topology
+from mmx.topologies.stage import check_names, fill_block
 from mmx.types import Batch, Masked, Outputs, Streams, Tokens
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
@@ -192,13 +192,7 @@ def build_model(
     config = BlockConfig(width=width, heads=heads, dtype=dtype, **block)
     stages = make_topology(topology, depth, config) if isinstance(topology, str) else topology
     stages = tuple(fill_block(stage, config) for stage in stages)
-    for stage in stages:
-        for field in ("depth", "block", "weights", "edges", "sees", "causal", "steps", "streams", "taken"):
-            named = getattr(stage, field, None)
-            inner = named.values() if isinstance(named, Mapping) and field in ("edges", "sees") else ()
-            for name in (*(named if isinstance(named, (Mapping, tuple)) else ()), *(n for names in inner for n in names)):
-                if name not in (*modalities, FUSED):
-                    raise InputError(f"{type(stage).__name__}.{field}: " + unknown("stream", name, (*modalities, FUSED)))
+    check_names(stages, modalities)
     embedders = {id(m): _fill(m, width=width, dtype=dtype) for m in modalities.values()}
     return MultimodalTransformer(
         modalities={name: embedders[id(m)] for name, m in modalities.items()},

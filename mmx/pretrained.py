@@ -83,6 +83,7 @@ def save_run(folder: str | Path, pretrained: Pretrained) -> None:
     if pretrained.family.name == MODEL_TYPE:
         experiment, beside = from_json(pretrained.extra["experiment"]), run.path
     else:
+        pretrained = pretrained if pretrained.family.library is None else pretrained.under(None)
         published = Published(pretrained.family.name, pretrained.fields, pretrained.heads)
         experiment, beside = Experiment(published=published, objectives={}, evaluators={}), run.published
     beside.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import jax
 
 from mmx.flops import count_flops
 from mmx.model import MultimodalTransformer, count_parameters, example_batch
+from mmx.topologies import Stage
 from mmx.zoo.weights import flat
 
 RULE = "2 FLOPs for a multiply and an add; matrix products of one forward pass of one example at full length, attention in full"
@@ -25,7 +26,7 @@ OWN = ("modalities", "poolers", "projections", "embed")  # parts that belong to 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """What one modality has for itself: its embedder, its part of the stages, its pooler and projection.
+    """What one modality has for itself: its embedder, its part of the stages before the poolers, its pooler and projection.
 
     Attributes:
         width: size of a token, D.
@@ -104,26 +105,32 @@ def profile(model: str | MultimodalTransformer, *, heads: Sequence[str] = (), **
     batch = jax.eval_shape(lambda: example_batch(model, 1))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model, 1)))["params"]
 
-    def cost(*names: str) -> int:
+    def cost(model: MultimodalTransformer, *names: str) -> int:
         return count_flops(lambda p, b: model.apply({"params": p}, b), params, {n: batch[n] for n in names})
+
+    alone = model if model.pool_after is None else model.clone(stages=model.stages[: model.pool_after], heads={})
 
     of: dict[str | None, int] = dict.fromkeys(model.modalities, 0)
     for path, leaf in flat(params).items():
-        owner = owner_of(path, list(model.modalities))
+        owner = owner_of(path, list(model.modalities), alone.stages)
         of[owner] = of.get(owner, 0) + leaf.size
-    towers = {
-        n: Tower(
-            getattr(m, "width", 0), of[n], cost(n), max(size) if isinstance(size := getattr(m, "size", None), tuple) else None
-        )
-        for n, m in model.modalities.items()
-    }
+    towers = {}
+    for n, m in model.modalities.items():
+        size = getattr(m, "size", None)
+        towers[n] = Tower(getattr(m, "width", 0), of[n], cost(alone, n), max(size) if isinstance(size, tuple) else None)
     parts = {part: count_parameters(tree) for part, tree in params.items()}
-    return Profile(name, count_parameters(params), cost(*model.modalities), model.embed, towers, parts)
+    return Profile(name, count_parameters(params), cost(model, *model.modalities), model.embed, towers, parts)
 
 
-def owner_of(path: str, modalities: Sequence[str]) -> str | None:
-    """The modality that has the parameter at `path` for itself; None: it serves several, or the whole."""
+def owner_of(path: str, modalities: Sequence[str], stages: Sequence[Stage]) -> str | None:
+    """The modality that has the parameter at `path` for itself, in one of these stages; None: it serves several, or all."""
     first, *rest = path.split("/")
+    if first.startswith("stages_"):
+        number = int(first.removeprefix("stages_"))
+        if number >= len(stages):
+            return None
+        if (only := getattr(stages[number], "stream", None)) in modalities:
+            return only
     for name in sorted(modalities, key=len, reverse=True):  # of "image" and "image_2" the longer one first
         in_stage = first.startswith("stages_") and any(part == name or part.startswith(f"{name}_") for part in rest)
         if in_stage or first in [f"{own}_{name}" for own in OWN]:

@@ -81,14 +81,15 @@ class Tokens:
         return self.behind(len(self.special), special=())
 
     def behind(self, n: int, **change: Any) -> "Tokens":
-        """The tokens behind the first n."""
-        cut = {name: jax.tree.map(lambda x: x[:, n:], getattr(self, name)) for name in ("mask", "groups", "slots")}
+        """The tokens behind the first n; of a negative n, those before the last ones."""
+        stay, front = slice(n, None) if n >= 0 else slice(None, n), max(n, 0)
+        cut = {name: jax.tree.map(lambda x: x[:, stay], getattr(self, name)) for name in ("mask", "groups", "slots")}
         if self.coordinates is not None:
-            cut["coordinates"] = self.coordinates[..., n:, :]
+            cut["coordinates"] = self.coordinates[..., stay, :]
         if self.at is None:
-            cut["values"] = self.values[:, n:]
+            cut["values"] = self.values[:, stay]
         else:
-            cut |= {"at": self.at - n, "whole": self.length - n}
+            cut |= {"at": self.at - front, "whole": self.length - abs(n)}
         return dataclasses.replace(self, **cut, **change)
 
     @property

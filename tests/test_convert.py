@@ -62,6 +62,22 @@ def test_there_and_back(name, tmp_path):
             np.testing.assert_array_equal(found[field], array, err_msg=field)
 
 
+@pytest.mark.parametrize(("name", "family"), [("OpenClipCLIP", ""), ("TimmBeit", ""), ("CoCa", "coca")])
+def test_folders_of_other_libraries_become_runs(name, family, tmp_path):
+    """A run, and what is made of it, have the names of the family itself."""
+    there, back = tmp_path / "run", tmp_path / "back"
+    pretrained = mmx.load_pretrained(PUBLISHED / name, family=family or None)
+    convert(Convert(str(PUBLISHED / name), str(there), family=family))
+    convert(Convert(str(there), str(back)))
+    image = np.random.default_rng(0).integers(0, 255, (26, 26, 3), np.uint8)
+    for again in (mmx.load_pretrained(there), mmx.load_pretrained(back)):
+        assert again.family.library is None and again.config == pretrained.config and again.heads == pretrained.heads
+        jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
+        if pretrained.family.library is not None:  # it tells how images are prepared
+            made = [p.preprocess(images=[image]) for p in (pretrained, again)]
+            np.testing.assert_allclose(*(next(iter(inputs.values())) for inputs in made), atol=1e-6)
+
+
 def numbers(pretrained: Pretrained, given: dict[str, Any]) -> dict[str, np.ndarray]:
     return {n: np.asarray(x) for n, x in pretrained(**given).items() if hasattr(x, "shape")}
 

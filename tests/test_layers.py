@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ from mmx.errors import InputError
 from mmx.flops import _sub_jaxprs
 from mmx.layers import MLP, AttentionPool, Block, BlockConfig, Line, Sight, Stack, attend, make_norm, visibility
 from mmx.layers.products import DenseGeneral
-from mmx.layers.stack import by_layer
 
 SMALL = BlockConfig(width=8, heads=2, mlp=16)
 
@@ -169,6 +169,32 @@ def test_unrolling_and_remat_change_nothing(rng):
         other_value, other_gradient = stack_output(dataclasses.replace(SMALL, **change), x)
         np.testing.assert_allclose(other_value, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other_gradient, gradient)
+
+
+def test_unrolling_and_remat_change_no_random_numbers(rng):
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    config = dataclasses.replace(SMALL, dropout=0.5, drop_path=0.3)
+    value, _ = stack_output(config, x, jax.random.key(1))
+    for change in ({"unroll": 2}, {"unroll": 3}, {"unroll": 3, "remat": "full"}, {"remat": "full"}):
+        np.testing.assert_allclose(stack_output(dataclasses.replace(config, **change), x, jax.random.key(1))[0], value, rtol=1e-5)
+
+
+def test_a_stack_that_is_called_twice_drops_otherwise(rng):
+    class Twice(nn.Module):
+        config: BlockConfig
+
+        @nn.compact
+        def __call__(self, x):
+            stack = Stack(2, self.config)
+            return stack(x), stack(x)
+
+    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    config = dataclasses.replace(SMALL, dropout=0.5)
+    params = Twice(config).init(jax.random.key(0), x)
+    first, second = Twice(config).apply(params, x, rngs={"dropout": jax.random.key(1)})
+    assert np.abs(first - second).max() > 0.1
+    again = Twice(dataclasses.replace(config, unroll=2)).apply(params, x, rngs={"dropout": jax.random.key(1)})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), again, (first, second))
 
 
 def test_remat_saves_memory():
@@ -477,12 +503,3 @@ def test_time_and_space_are_attention_along_each(rng):
         np.testing.assert_allclose(a[mask], b[mask], atol=1e-4)
         with pytest.raises(InputError, match="lies on a grid"):
             block.init(jax.random.key(0), x)
-
-
-def test_layers_may_have_an_array_each(rng):
-    x = rng.standard_normal((2, 5, 8)).astype(np.float32)
-    stack = Stack(3, dataclasses.replace(SMALL, unroll=3))
-    params = stack.init(jax.random.key(0), x)["params"]
-    each = by_layer(params)
-    assert len(each["layers"]["block"]["mlp"]["up"]["kernel"]) == 3 and each["norm"]["scale"].shape == (8,)
-    np.testing.assert_array_equal(stack.apply({"params": each}, x), stack.apply({"params": params}, x))

@@ -5,6 +5,7 @@ import pytest
 import mmx
 from mmx.modalities import Ids, Patches
 from mmx.profiling import COLUMNS, owner_of, profile, table
+from mmx.topologies import PerStream, Pool
 
 OPEN_CLIP = {  # open_clip's docs/model_profile.csv: mparams, image, text; gflops, image, text
     "ViT-S-32": (63.09, 22.64, 40.44, 5.66, 2.29, 3.38),
@@ -22,6 +23,9 @@ OPEN_CLIP = {  # open_clip's docs/model_profile.csv: mparams, image, text; gflop
     "ViT-H-14": (986.11, 632.08, 354.03, 381.68, 334.59, 47.09),
     "ViT-g-14": (1366.68, 1012.65, 354.03, 581.15, 534.06, 47.09),
     "ViT-bigG-14": (2539.57, 1844.91, 694.66, 1065.36, 967.5, 97.86),
+    "coca_ViT-B-32": (253.56, 89.16, 63.43, 33.34, 9.19, 5.96),
+    "coca_ViT-L-14": (638.45, 306.72, 123.65, 214.52, 163.64, 13.3),
+    "coca_base": (440.34, 86.4, 134.66, 99.09, 46.47, 13.3),
     "ViT-e-14": (4581.09, 3807.72, 773.37, 2091.45, 1981.35, 110.1),
 }
 
@@ -60,7 +64,7 @@ PARAMETERS = [  # exact counts of the published classes: name, heads, further fi
 
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_the_table_of_open_clip(name):
-    p = profile(name)
+    p = profile(name, heads=("captioning",) if name.startswith("coca") else ())
     found = tuple(p.row[c] for c in ("mparams", "image_mparams", "text_mparams", "gflops", "image_gflops", "text_gflops"))
     assert found == OPEN_CLIP[name]
 
@@ -98,8 +102,11 @@ def test_what_streams_share_is_in_no_tower():
 
 def test_owners():
     names = ["image", "image_2"]
-    assert owner_of("stages_0/image_2/layers/block/self/out/kernel", names) == "image_2"
-    assert owner_of("stages_0/image_project/kernel", names) == "image"
-    assert owner_of("modalities_image_2/patch/kernel", names) == "image_2"
-    assert owner_of("stages_0/stack/norm/scale", names) is None
-    assert owner_of("logit_scale", names) is None
+    assert owner_of("stages_0/image_2/layers/block/self/out/kernel", names, (PerStream(1),)) == "image_2"
+    assert owner_of("stages_0/image_project/kernel", names, (PerStream(1),)) == "image"
+    assert owner_of("modalities_image_2/patch/kernel", names, (PerStream(1),)) == "image_2"
+    assert owner_of("stages_0/stack/norm/scale", names, (PerStream(1),)) is None
+    assert owner_of("stages_1/text_norm/scale", ["text"], (PerStream(1), PerStream(1))) == "text"
+    assert owner_of("stages_2/text_norm/scale", ["text"], (PerStream(1), PerStream(1))) is None  # behind the poolers
+    assert owner_of("stages_0/pool/cross/out/kernel", names, (Pool("image_2", 1, 1),)) == "image_2"
+    assert owner_of("logit_scale", names, (PerStream(1),)) is None

@@ -1048,6 +1048,23 @@ def test_wrong_topologies_are_refused():
     ):
         with pytest.raises(InputError, match="did you mean 'text'"):
             mmx.build_model(modalities, (stage,), width=8, heads=2)
+    for stage, message in (
+        (Insert("imag", "text"), "Insert.source: unknown stream 'imag'; did you mean 'image'"),
+        (Insert("image", "txet"), "Insert.into: unknown stream 'txet'; did you mean 'text'"),
+        (Scatter("image", "txet"), "Scatter.into: .* did you mean 'text'"),
+        (Pool("txet", 2, 4), "Pool.stream: .* did you mean 'text'"),
+        (Adapt(("txet",)), "Adapt.streams: .* did you mean 'text'"),
+        (Gather(norm_beside="imag"), "Gather.norm_beside: .* did you mean 'image'"),
+        (Norm({"imag": 1e-5}), "Norm.eps: .* did you mean 'image'"),
+        (Latent(1, queries={"txet": 3}), "Latent.queries: .* did you mean 'text'"),
+        (Sum({"txet": 2.0}), "Sum.weights: .* did you mean 'text'"),
+        (Bridge(1, towers={"imag": True}), "Bridge.towers: .* did you mean 'image'"),
+        (Pool("fused", 2, 4), "Pool.stream: unknown stream 'fused'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmx.build_model(modalities, (stage,), width=8, heads=2)
+    made = (Bridge(1, towers={"text": True}), Adapt(("text_tower",)), Gather(keep=True), Pool("fused", 2, 4), Adapt(("fused",)))
+    mmx.build_model(modalities, made, width=8, heads=2)
     with pytest.raises(InputError, match="no block for stream 'text'"):
         model = mmx.build_model(modalities, (PerStream(1, {"image": BLOCK}),), width=8, heads=2)
         model.init(jax.random.key(0), mmx.example_batch(model))

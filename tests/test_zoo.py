@@ -521,6 +521,21 @@ def test_a_decoder_alone_is_the_one_inside(tmp_path, folder, name):
 
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"])
+def test_places_and_images_that_do_not_match_are_refused(name):
+    pretrained = mmx.load_pretrained(PUBLISHED[0].parent / name)
+    token, vision = pretrained.config.image_token_index, pretrained.config.vision_config
+    size = (vision.image_size // vision.patch_size) ** 2
+    pixels = np.zeros((1, 3, vision.image_size, vision.image_size), "f")
+    for kept in (size - 1, size + 1):
+        ids = np.asarray([[token] * kept + [9, 10]])
+        for call in (pretrained, functools.partial(pretrained.generate, 1)):
+            with pytest.raises(
+                InputError, match=f"input_ids: {kept} image tokens .* 1 images of {size} tokens each, {size} in all"
+            ):
+                call(input_ids=ids, pixel_values=pixels)
+
+
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"])
 def test_rows_with_different_numbers_of_images(name, rng):
     """Image tokens are filled in order over the batch: each text gives what it gives alone with its own images."""
     pretrained = mmx.load_pretrained(PUBLISHED[0].parent / name)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mmx.layers.attention import PROJECTIONS, Attention, Sight
 from mmx.layers.mlp import MLP
 from mmx.layers.norms import make_norm
+from mmx.layers.products import INITIAL
 
 
 class AttentionPool(nn.Module):
@@ -41,7 +42,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         width = self.width or x.shape[-1]
-        y = self.param("token", nn.initializers.normal(0.02), (self.tokens, width)).astype(x.dtype)
+        y = self.param("token", INITIAL, (self.tokens, width)).astype(x.dtype)
         if self.norm:
             y, x = (make_norm("layer", self.eps, self.dtype, f"{n}_norm")(z) for n, z in (("token", y), ("context", x)))
         attention = Attention(

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+INITIAL = nn.initializers.normal(0.02)  # of all that is learned and no product: tokens, tables, vectors
+
 
 def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum(formula, x, y)` in float32, of two operands each of whose indices is in the other one or in the result."""

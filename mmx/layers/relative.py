@@ -15,8 +15,7 @@ import numpy as np
 from mmx.errors import InputError
 from mmx.layers.attention import Line, Sight
 from mmx.layers.positions import distance_buckets, grid_coordinates, resample
-
-INIT = nn.initializers.normal(0.02)
+from mmx.layers.products import INITIAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +136,11 @@ class _ByLine(nn.Module):
     @nn.compact
     def __call__(self, sight: Sight) -> jax.Array:
         lines: Sequence[Line] = sight.lines
-        table = self.param("bias", INIT, (self.rows, self.heads))
+        table = self.param("bias", INITIAL, (self.rows, self.heads))
         own = [self.kind.within(table, line) for line in lines]
         if len(lines) == 1:
             return own[0]
-        between = self.param("between_bias", INIT, (self.heads,))
+        between = self.param("between_bias", INITIAL, (self.heads,))
         ends = np.cumsum([line.length for line in lines])
         bias = jnp.broadcast_to(between[:, None, None], (self.heads, ends[-1], ends[-1]))
         for end, line, part in zip(ends, lines, own, strict=True):
@@ -161,7 +160,7 @@ class _ByAxes(nn.Module):
             raise InputError(f"relative: {len(self.axes)} axes; tokens need coordinates with as many numbers")
         total: Any = 0.0
         for axis, (buckets, furthest) in enumerate(self.axes):
-            table = self.param(f"bias_{axis}", INIT, (self.heads, buckets))
+            table = self.param(f"bias_{axis}", INITIAL, (self.heads, buckets))
             place = jnp.asarray(coordinates)[..., axis].astype(jnp.int32)
             away = jnp.clip(place[..., None, :] - place[..., :, None], -furthest, furthest)  # (B, L, L)
             bucket = jnp.asarray(distance_buckets(np.arange(-furthest, furthest + 1), buckets, furthest))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,63 +17,55 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-SOWN = ("intermediates", "attentions")  # collections of what layers leave for who wants to look
-CACHE = "cache"  # keys and values of what was read and written before
+CACHE = "cache"  # the collection of keys and values of what was read and written before
+LEFT = ("intermediates", "attentions", CACHE)  # collections of what layers leave for who wants to look
 
 
 def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., Any]:
     """Returns `layer` repeated `depth` times: parameters get a leading axis `layers`, inputs other than the first are shared.
 
-    The layer is called as `layer(carry, own, shared) -> (carry, None)`; what is its `own` has the layers in front.
+    The layer is called as `layer(carry, own, shared) -> (carry, state)`; what is its `own` has the layers in front.
     """
     one_by_one = config.unroll >= depth
     if config.remat != "none":
         layer = nn.remat(layer, prevent_cse=one_by_one, policy=POLICIES[config.remat])
-    scanned = nn.scan(
-        layer,
-        variable_axes={"params": 0, CACHE: 0, **dict.fromkeys(SOWN, 0)},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
-        length=depth,
-        unroll=config.unroll,
-    )
-    return functools.partial(_one_by_one, layer, scanned, depth) if one_by_one else scanned
+    split = {"variable_axes": {"params": 0, **dict.fromkeys(LEFT, 0)}, "split_rngs": {"params": True, "dropout": True}}
+    begun = nn.scan(layer, **split, in_axes=(0, nn.broadcast), length=depth, unroll=config.unroll)  # type: ignore[arg-type]
+
+    def make(*fields: Any, name: str) -> Callable[..., Any]:
+        module, single = begun(*fields, name=name), layer(*fields, parent=None)
+
+        def run(carry: Any, own: Any, shared: Any) -> tuple[Any, Any]:
+            if module.is_initializing():
+                return module(carry, own, shared)
+            leave = [name for name in LEFT if module.is_mutable_collection(name)]
+            given = {name: module.variables.get(name, {}) for name in ("params", CACHE)}
+            rngs = {"dropout": jax.random.split(module.make_rng("dropout"), depth)} if module.has_rng("dropout") else {}
+
+            def each(carry: Any, mine: Any) -> tuple[Any, Any]:
+                given, own, rngs = mine
+                (carry, state), left = single.apply(given, carry, own, shared, rngs=rngs, mutable=leave)
+                return carry, (state, left)
+
+            over = _one_by_one if one_by_one else functools.partial(jax.lax.scan, unroll=config.unroll)
+            carry, (states, left) = over(each, carry, (given, own, rngs))
+            for collection, values in left.items():
+                for key, value in values.items():
+                    module.put_variable(collection, key, value)
+            return carry, states
+
+        return run
+
+    return make
 
 
-def _one_by_one(layer: type[nn.Module], scanned: type[nn.Module], depth: int, *fields: Any, name: str) -> Callable[..., Any]:
-    """Layers that are applied without a scan, which would put what the backward pass needs of each of them into one array."""
-    module, single = scanned(*fields, name=name), layer(*fields, parent=None)
-
-    def run(carry: Any, own: Any, shared: Any) -> tuple[Any, Any]:
-        if module.is_initializing():
-            return module(carry, own, shared)
-        keys = jax.tree.map(lambda key: jax.random.split(key, depth), dict(module.scope.rngs))  # type: ignore[union-attr]
-        stacked, left = module.variables["params"], []
-        written = [name for name in (CACHE, *SOWN) if module.is_mutable_collection(name)]
-        known = {name: module.variables[name] for name in (CACHE,) if name in module.variables}
-        for i in range(depth):
-            params = jax.tree.map(lambda x, i=i: x[i], stacked, is_leaf=lambda x: isinstance(x, tuple))
-            mine, rngs, cache = jax.tree.map(lambda x, i=i: x[i], (own, keys, known))
-            given = {"params": params, **cache}
-            (carry, state), variables = single.apply(given, carry, mine, shared, rngs=rngs, mutable=written)
-            left.append((state, variables))
-        states, variables = jax.tree.map(lambda *each: jnp.stack(each), *left)
-        for collection, values in variables.items():
-            for key, value in values.items():
-                module.put_variable(collection, key, value)
-        return carry, states
-
-    return run
-
-
-def by_layer(params: Any, inside: bool = False) -> Any:
-    """Parameters whose stacked arrays are tuples of one array for each layer: for a model with `unroll` as large as its depth.
-
-    A CPU then reads them where they lie; what is cut out of one array, it copies first.
-    """
-    if isinstance(params, Mapping):
-        return {name: by_layer(value, inside or name == "layers") for name, value in params.items()}
-    return tuple(params) if inside else params
+def _one_by_one(each: Callable[[Any, Any], tuple[Any, Any]], carry: Any, own: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` without a loop, which would put what the backward pass needs of each layer into one array."""
+    left = []
+    for i in range(len(jax.tree.leaves(own)[0])):
+        carry, state = each(carry, jax.tree.map(lambda x, i=i: x[i], own))
+        left.append(state)
+    return carry, jax.tree.map(lambda *states: jnp.stack(states), *left)
 
 
 def sow_states(layer: nn.Module, states: Any, name: str = "states") -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from mmx.errors import InputError, unknown
 from mmx.layers import make_norm
 from mmx.layers.positions import fourier, grid_coordinates, interleaved, resample, sincos
-from mmx.layers.products import Dense
+from mmx.layers.products import INITIAL, Dense
 from mmx.modalities.masking import hide, unmask
 from mmx.types import Tokens
 
@@ -22,7 +22,6 @@ PLACE, COORDINATES, KEPT, HIDDEN, GROUP, SLOTS = "place", "coordinates", "kept",
 BESIDE = (PLACE, COORDINATES, KEPT, HIDDEN, GROUP, SLOTS)  # what any raw value may tell beside what is embedded
 PARTS = ("token", "position", "time_position", "special", "mask_token", "norm", "patch", "linear", "pen")  # parameters
 RESERVED = (*PARTS, *BESIDE)
-INITIAL = nn.initializers.normal(0.02)
 
 
 class Embedder(nn.Module, kw_only=True):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.layers import ACTIVATIONS, make_norm
-from mmx.layers.products import Dense
-from mmx.modalities.embedder import BESIDE, INITIAL, Embedder
+from mmx.layers.products import INITIAL, Dense
+from mmx.modalities.embedder import BESIDE, Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 

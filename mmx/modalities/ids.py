@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.layers.products import product
-from mmx.modalities.embedder import INITIAL, PLACE, Embedder
+from mmx.layers.products import INITIAL, product
+from mmx.modalities.embedder import PLACE, Embedder
 from mmx.modalities.masking import token_mask
 from mmx.types import Masked, Tokens
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers.positions import sample
-from mmx.layers.products import Dense
-from mmx.modalities.embedder import INITIAL, Embedder
+from mmx.layers.products import INITIAL, Dense
+from mmx.modalities.embedder import Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.layers.products import Dense
-from mmx.modalities.embedder import INITIAL, Embedder
+from mmx.layers.products import INITIAL, Dense
+from mmx.modalities.embedder import Embedder
 from mmx.modalities.masking import hide, token_mask
 from mmx.types import Masked, Tokens
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.layers import ACTIVATIONS
-from mmx.layers.products import Dense
-from mmx.modalities.embedder import INITIAL, Embedder
+from mmx.layers.products import INITIAL, Dense
+from mmx.modalities.embedder import Embedder
 from mmx.modalities.masking import hide, shorter_mask
 from mmx.types import Masked, Tokens
 

@@ -1,6 +1,7 @@
 """The stage that makes streams fit for what comes next."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,14 +11,13 @@ import numpy as np
 from mmx.errors import InputError
 from mmx.layers import make_norm
 from mmx.layers.positions import sincos
-from mmx.layers.products import Dense
+from mmx.layers.products import INITIAL, Dense
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage
 from mmx.topologies.stages import SHARED
 from mmx.types import Streams, Tokens
 
 COUNTED = "counted"
-INITIAL = nn.initializers.normal(0.02)
 
 
 class Adapt(Stage):
@@ -34,9 +34,11 @@ class Adapt(Stage):
         type: whether there is a vector for each stream, which tells it from others (BridgeTower).
         norm: eps of a LayerNorm; None: no norm.
         share: one set of weights for all of them, types and positions aside, instead of one each.
-        drop: how many tokens in front stay behind, such as a class token that is not for others to read (CoCa).
+        drop: how many tokens in front, or, below 0, at the end stay behind, such as class tokens that are not for others (CoCa).
         unmask: whether the tokens that were masked are seen from here on, as by CoCa's decoder.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("streams",)
 
     streams: tuple[str, ...] | None = None
     width: int | None = None
@@ -91,5 +93,5 @@ class Adapt(Stage):
         return self.param(f"{name}_position", INITIAL, (self.positions, width))[:length]
 
     def _choose(self, tokens: Tokens) -> Tokens:
-        tokens = tokens.behind(self.drop, special=tokens.special[self.drop :]) if self.drop else tokens
+        tokens = tokens.behind(self.drop, special=tokens.special[max(self.drop, 0) :]) if self.drop else tokens
         return dataclasses.replace(tokens, mask=None) if self.unmask else tokens

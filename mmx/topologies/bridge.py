@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.layers import make_norm
-from mmx.layers.products import Dense
+from mmx.layers.products import INITIAL, Dense
 from mmx.topologies.stage import given
 from mmx.topologies.stages import Cross
 from mmx.types import Streams
@@ -33,6 +34,8 @@ class Bridge(Cross):
             or mapped and with its t_m (True).
     """
 
+    NAMING: ClassVar[tuple[str, ...]] = (*Cross.NAMING, "norms", "towers")
+
     eps: float = 1e-6
     norms: Mapping[str, float] | None = None
     each: bool = False
@@ -41,6 +44,10 @@ class Bridge(Cross):
     @property
     def caches(self) -> bool:
         return False
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return tuple(map(TOWER.format, self.towers or ()))
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -55,7 +62,7 @@ class Bridge(Cross):
                 mapped = make_norm("layer", norms[name], states.dtype, f"{name}_tower_norm")(states)
             dense = nn.vmap(Dense, variable_axes={"params": 0}, split_rngs={"params": True}) if self.each else Dense
             mapped = dense(width, dtype=states.dtype, name=f"{name}_project")(mapped)
-            mapped += self.param(f"{name}_type_bias", nn.initializers.normal(0.02), (width,)).astype(states.dtype)
+            mapped += self.param(f"{name}_type_bias", INITIAL, (width,)).astype(states.dtype)
             arriving[name] = mapped
             entered[name] = dataclasses.replace(tokens, values=jnp.zeros_like(mapped[0]))
             if name in towers:

@@ -2,19 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from mmx.layers import BlockConfig, make_norm
-from mmx.layers.products import Dense
+from mmx.layers.products import INITIAL, Dense
 from mmx.layers.stack import sow_states
 from mmx.topologies.stage import Stage, concatenate, given
 from mmx.topologies.stages import FUSED
 from mmx.types import Streams, Tokens
-
-INITIAL = nn.initializers.normal(0.02)
 
 
 class Gather(Stage):
@@ -36,6 +35,8 @@ class Gather(Stage):
         norm_beside: the stream without which there is no norm (LayoutLMv3 does not normalise a text alone again); None: always.
     """
 
+    NAMING: ClassVar[tuple[str, ...]] = ("streams", "norm_beside")
+
     streams: tuple[str, ...] | None = None
     keep: bool = False
     width: int | None = None
@@ -45,6 +46,10 @@ class Gather(Stage):
     special: tuple[str, ...] = ()
     norm: float | None = None
     norm_beside: str | None = None
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return (FUSED,)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -83,6 +88,8 @@ class Norm(Stage):
 
     Z_m = norm_m(Z_m)
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("eps",)
 
     eps: Mapping[str, float] | None = None
     block: BlockConfig | None = None

@@ -1,7 +1,7 @@
 """Tokens that go to places of another stream: into those it keeps for them, or onto what stands there."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,8 @@ class Insert(Stage):
         bias: whether the dense layers have biases.
         special: whether the source's special tokens are placed, too, as the first ones.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("source", "into")
 
     source: str = "image"
     into: str = "text"
@@ -102,6 +104,8 @@ class Scatter(Stage):
         source: the stream whose tokens are added.
         into: the stream that they are added to.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("source", "into")
 
     source: str
     into: str

@@ -2,19 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmx.layers import Block, BlockConfig, Sight, Stack, make_norm
+from mmx.layers.products import INITIAL
 from mmx.layers.stack import drop_path_rates, relative_positions, scan_layers, sow_states
 from mmx.topologies.stage import Stage, concatenate, fit, given, norm_each, sight
+from mmx.topologies.stages import SHARED
 from mmx.types import Streams, Tokens
 
 BOTTLENECK = "shared tokens"  # no modality has such a name
 LATENT = "latent"  # the stream of the latent tokens
-INITIAL = nn.initializers.normal(0.02)
 
 
 class Bottleneck(Stage):
@@ -47,7 +49,7 @@ class Bottleneck(Stage):
         shared = self.param("token", INITIAL, (self.tokens, block.width)).astype(values.dtype)
         shared = jnp.broadcast_to(shared, (values.shape[0], *shared.shape))  # (B, F, D)
         with_shared = {n: {n: t, BOTTLENECK: Tokens(shared)} for n, t in streams.items()}
-        owners = {name: "shared" if self.share else name for name in streams}
+        owners = {name: SHARED if self.share else name for name in streams}
         relative = {owner: relative_positions(block, f"{owner}_relative") for owner in dict.fromkeys(owners.values())}
         sights = {n: relative[owners[n]](sight(pair)) for n, pair in with_shared.items()}
         writes = {name: t.present & (not t.causal) for name, t in streams.items()}
@@ -105,6 +107,8 @@ class Latent(Stage):
             decoders; {}: Perceiver itself). None: every stream is answered at its tokens.
     """
 
+    NAMING: ClassVar[tuple[str, ...]] = ("queries",)
+
     depth: int
     tokens: int = 64
     block: BlockConfig | None = None
@@ -112,6 +116,10 @@ class Latent(Stage):
     answer: BlockConfig | None = None
     blocks: int = 1
     queries: Mapping[str, int] | None = None
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return () if self.queries is None else (LATENT,)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:

@@ -1,5 +1,7 @@
 """The stage that leaves a few tokens of a stream where there were many."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 
 from mmx.layers import AttentionPool, make_norm
@@ -18,6 +20,8 @@ class Pool(Stage):
         width: their size; None: that of the stream.
         eps: of the norms before the attention and behind it.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("stream",)
 
     stream: str
     heads: int

@@ -7,15 +7,15 @@ tokens that are masked are seen by nobody; a causal stream stays causal. A stage
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import InputError
+from mmx.errors import InputError, unknown
 from mmx.layers import BlockConfig, Line, Sight, make_norm, visibility
 from mmx.layers.products import Dense
 from mmx.types import Streams, Tokens
@@ -26,8 +26,15 @@ AXES = 3  # time, row, column
 class Stage(nn.Module):
     """What maps streams to streams. Subclasses are called as `stage(streams) -> streams`.
 
-    `separate` says that streams keep apart: what no stream may see (a causal one) changes no other stream.
+    `separate` says that streams keep apart: what no stream may see (a causal one) changes no other stream. `NAMING`: which of
+    its fields name streams. `makes`: the streams that it adds.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def separate(self) -> bool:
@@ -60,6 +67,26 @@ def change_block(stage: Stage, **fields: Any) -> Stage:
     else:
         new = dataclasses.replace(own, **fields)
     return dataclasses.replace(stage, block=new)  # pyright: ignore[reportCallIssue]
+
+
+def check_names(stages: Iterable[Stage], modalities: Iterable[str]) -> None:
+    """Raises an InputError for a stream that a field of a stage names and that neither is a modality nor made by a stage."""
+    stages = tuple(stages)
+    known = dict.fromkeys([*modalities, *(name for stage in stages for name in stage.makes)])
+    for stage in stages:
+        for field in stage.NAMING:
+            for name in _names(getattr(stage, field)):
+                if name not in known:
+                    raise InputError(f"{type(stage).__name__}.{field}: " + unknown("stream", name, known))
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The strings in a field: itself, those of a tuple, keys and values of a mapping."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, tuple)):
+        for each in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            yield from _names(each)
 
 
 def given(block: BlockConfig | Mapping[str, BlockConfig] | None, stage: Stage, name: str = "") -> BlockConfig:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -32,8 +32,14 @@ class Sum(Stage):
     parameter that starts at their logarithm.
     """
 
+    NAMING: ClassVar[tuple[str, ...]] = ("weights",)
+
     weights: Mapping[str, float] | None = None
     learned: bool = False
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return (FUSED,)
 
     @property
     def separate(self) -> bool:
@@ -87,6 +93,8 @@ class PerStream(Stage):
             `{"image": (23,)}`; 0: as they came. A stream that is not named leaves from the end of its stack.
     """
 
+    NAMING: ClassVar[tuple[str, ...]] = ("depth", "block", "causal", "taken")
+
     depth: int | Mapping[str, int]
     block: BlockConfig | Mapping[str, BlockConfig] | None = None
     causal: tuple[str, ...] = ()
@@ -133,6 +141,8 @@ class Joint(Stage):
             line of all tokens that exist, a stream behind the other (LLaVA, PaliGemma).
         streams: which ones; the others leave as they came. None: all.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("sees", "streams")
 
     depth: int
     block: BlockConfig | None = None
@@ -188,6 +198,8 @@ class Cross(Stage):
         apart: whether a stream reads each of its edges by layers of their own; what these make of it lies side by side along
             its width (MulT). It needs `original`, and `edges`, which say how wide a stream leaves.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("block", "edges", "steps", "together")
 
     depth: int
     block: BlockConfig | Mapping[str, BlockConfig] | None = None

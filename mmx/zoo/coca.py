@@ -83,7 +83,7 @@ def _build(c: CoCaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         towers.append(Pool("image", image.attn_pooler_heads, image.attn_pooler_queries, c.embed_dim, EPS))
     meeting: list[Stage] = [
         Adapt(("image",), drop=1),
-        Adapt(("text",), unmask=True),
+        Adapt(("text",), drop=-1, unmask=True),
         Cross(
             decoder.layers,
             {"text": _block(c, decoder.width, decoder.heads, 4, decoder.ls_init_value, dtype, context_norm="own")},
@@ -186,7 +186,7 @@ def _forward(run: Runner, c: CoCaConfig, inputs: Mapping[str, Any]) -> dict[str,
         image, text = r.out.embeddings["image"], r.out.embeddings["text"]
         fields["contrastive_loss"] = clip_loss(image, text, fields["logit_scale"])
         if logits is not None:
-            labels, logits = ids[:, 1:], logits[:, :-1]
+            labels = ids[:, 1:]
             fields |= {"full_logits": logits, "logits": logits[:, :-1], "labels": labels}
             each = masked_mean(cross_entropy(logits[:, :-1], labels), labels != LOSS_PAD)
             fields["caption_loss"] = CAPTION_WEIGHT * each

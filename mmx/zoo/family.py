@@ -153,6 +153,7 @@ class Family:
             of a mask.
         video: whether it reads videos, and not images.
         sound: the kind of steps that prepare its sounds; None: it reads none.
+        check: `(config, inputs)`: raises an InputError for inputs whose values do not go together, asked where they are known.
         infer: `(config, shapes) -> config`: what the configuration leaves to the shapes of the stored tensors; None: nothing.
         older: patterns in the tensors' names -> what files of another age have in their place, each of them or not.
         libraries: others that publish the same models.
@@ -174,6 +175,7 @@ class Family:
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     video: bool = False
     sound: type[SoundSteps] | None = None
+    check: Callable[[Any, Mapping[str, Any]], None] | None = None
     infer: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     libraries: Sequence[Library] = ()

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
+from mmx.errors import InputError
 from mmx.heads import Pooler
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Insert, PerStream
@@ -63,6 +65,19 @@ def place_images(inputs: Mapping[str, Any], token: int, patch: int, special: int
     return {"image": images}, {"slots": {"image": slots}}
 
 
+def check_images(inputs: Mapping[str, Any], token: int, patch: int, special: int = 0) -> None:
+    """Raises an InputError where texts do not keep a place for each token of the images, which are those of `place_images`."""
+    if "pixel_values" not in inputs or "input_ids" not in inputs:
+        return
+    images, kept = inputs["pixel_values"], int((np.asarray(inputs["input_ids"]) == token).sum())
+    size = special + (images.shape[-2] // patch) * (images.shape[-1] // patch)
+    if kept != len(images) * size:
+        raise InputError(
+            f"input_ids: {kept} image tokens (id {token}), but pixel_values holds {len(images)} images of {size} tokens each, "
+            f"{len(images) * size} in all; write the id {size} times for each image"
+        )
+
+
 def text_fields(r: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The published outputs of the decoder behind two stages of images; its first states have them in their places."""
     return llama.text_fields(r, inputs, "stages_2", r.intermediates["stages_1"]["states"]["text"])
@@ -110,6 +125,11 @@ def _table(c: LlavaConfig) -> Table:
     }
 
 
+def _check(c: LlavaConfig, inputs: Mapping[str, Any]) -> None:
+    full = c.vision_feature_select_strategy == "full"
+    check_images(inputs, c.image_token_index, c.vision_config.patch_size, special=int(full))
+
+
 def _forward(run: Runner, c: LlavaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     full = c.vision_feature_select_strategy == "full"
     batch, beside = place_images(inputs, c.image_token_index, c.vision_config.patch_size, special=int(full))
@@ -143,5 +163,6 @@ FAMILIES = (
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         older=OLDER,
         generation=Generation(beside={"written": 1}),
+        check=_check,
     ),
 )

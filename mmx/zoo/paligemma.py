@@ -14,7 +14,7 @@ from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, gemma, llama
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Generation, Runner
-from mmx.zoo.llava import OLDER, place_images, text_fields
+from mmx.zoo.llava import OLDER, check_images, place_images, text_fields
 from mmx.zoo.weights import Table, convolution, layers
 
 
@@ -123,5 +123,6 @@ FAMILIES = (
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         older=OLDER,
         generation=Generation(beside={"token_type_ids": 1, "written": 1}),
+        check=lambda c, inputs: check_images(inputs, c.image_token_index, c.vision_config.patch_size),
     ),
 )

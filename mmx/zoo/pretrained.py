@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from mmx.errors import InputError, unknown, writing
@@ -88,9 +89,14 @@ class Pretrained:
         A field whose length hangs on the values of the inputs stays a `Chosen`.
         """
         flags, arrays = _split(inputs)
+        self._check(arrays)
         asked = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         wanted = tuple(name for name, wants in asked.items() if wants)
         return _forward(self.family, self.model, self.config, wanted, flags, params, as_batch(arrays))
+
+    def _check(self, inputs: Mapping[str, Any]) -> None:
+        if self.family.check is not None and not any(isinstance(x, Tracer) for x in jax.tree.leaves(inputs)):
+            self.family.check(self.config, inputs)
 
     def under(self, library: str | None) -> "Pretrained":
         """The same weights under the names of another library, such as "open_clip" or "timm", to be called and saved by.
@@ -140,6 +146,7 @@ class Pretrained:
         given.setdefault(names.mask, np.ones_like(given[names.ids]))
         for name in names.beside:
             given.setdefault(name, np.zeros_like(given[names.ids]))
+        self._check(given)
         if decoding.beams == 1:
             given = jax.tree.map(lambda x: np.repeat(x, decoding.best, 0), given)
         rest = (flags, decoding, self.params, as_batch(given), key)
