@@ -243,6 +243,14 @@ class Pixels(Layers):
     num_channels: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Those of a head that tells classes."""
+
+    num_labels: int = 2
+    problem_type: str | None = None  # which `mmx.zoo.loss.class_loss`; None: what the labels look like
+
+
 def activation(name: str, field: str = "hidden_act") -> str:
     """Our name of a published activation."""
     if name not in ACTIVATION:
@@ -280,8 +288,8 @@ def parse(cls: type[Config], fields: Mapping[str, Any], where: str = "config.jso
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             value = parse(hint, value, f"{where}: {name}")  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            value = tuple(value)
+        else:
+            value = _frozen(value)
         _check_type(value, hint, f"{where}: {cls.__name__}.{name}")
         values[name] = value
     return cls(**values)
@@ -314,15 +322,29 @@ def override(config: Config, fields: Mapping[str, Any]) -> Config:
         elif isinstance(value, Mapping):
             nested.setdefault(name, {}).update(value)
         else:
-            whole[name] = value
+            whole[name] = _frozen(value)
     known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name in (*whole, *nested):
         if name not in known:
             raise InputError(f"{type(config).__name__}: " + unknown("field", name, known))
     config = dataclasses.replace(config, **whole)  # type: ignore[type-var]
     parts = {name: getattr(config, name) for name in nested}
-    parts = {n: override(part, nested[n]) if dataclasses.is_dataclass(part) else nested[n] for n, part in parts.items()}
+    parts = {n: override(part, nested[n]) if dataclasses.is_dataclass(part) else _frozen(nested[n]) for n, part in parts.items()}
     return dataclasses.replace(config, **parts)  # type: ignore[type-var]
+
+
+class Frozen(dict[Any, Any]):
+    """A mapping that a configuration holds, so that it can be hashed; equal, and written, as any other mapping."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def _frozen(value: Any) -> Any:
+    """A published value as one that can be hashed."""
+    if isinstance(value, Mapping):
+        return Frozen({name: _frozen(v) for name, v in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:
