@@ -23,7 +23,7 @@ BODY = "audio_spectrogram_transformer"
 
 
 @dataclasses.dataclass(frozen=True)
-class ASTConfig(Layers, Classes):
+class ASTConfig(Classes, Layers):
     """The published fields of AST."""
 
     layer_norm_eps: float = 1e-12

@@ -24,7 +24,7 @@ LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitConfig(Pixels, Classes):
+class BeitConfig(Classes, Pixels):
     """The published fields of BEiT; those of its segmentation heads are known and not read."""
 
     vocab_size: int = 8192

@@ -20,7 +20,7 @@ from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class RobertaConfig(Words, Classes):
+class RobertaConfig(Classes, Words):
     """The published fields of RoBERTa."""
 
     without_pooler: ClassVar[tuple[str, ...]] = ("masked-lm", "classification")

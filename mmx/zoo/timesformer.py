@@ -18,7 +18,7 @@ DIVIDED = "divided_space_time"
 
 
 @dataclasses.dataclass(frozen=True)
-class TimesformerConfig(Pixels, Classes):
+class TimesformerConfig(Classes, Pixels):
     """The published fields of TimeSformer."""
 
     image_size: int = 224

@@ -24,7 +24,7 @@ LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoMAEConfig(Pixels, Classes):
+class VideoMAEConfig(Classes, Pixels):
     """The published fields of VideoMAE."""
 
     num_frames: int = 16
@@ -45,7 +45,7 @@ class VideoMAEConfig(Pixels, Classes):
 
 
 @dataclasses.dataclass(frozen=True)
-class VivitConfig(Layers, Classes):
+class VivitConfig(Classes, Layers):
     """The published fields of ViViT."""
 
     image_size: int | tuple = 224

@@ -35,7 +35,7 @@ RENAMED = {  # what files that keep the names of transformers 5 have in place of
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(Pixels, Classes):
+class ViTConfig(Classes, Pixels):
     """The published fields of ViT and DeiT."""
 
     layer_norm_eps: float = 1e-12
