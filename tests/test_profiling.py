@@ -29,13 +29,36 @@ OPEN_CLIP = {  # open_clip's docs/model_profile.csv: mparams, image, text; gflop
     "ViT-e-14": (4581.09, 3807.72, 773.37, 2091.45, 1981.35, 110.1),
 }
 
+FLAVA = ("masked-image", "masked-lm", "joint-masked-image", "joint-masked-lm", "matching")
+CODEBOOK = 53_786_240  # FlavaForPreTraining.image_codebook: DALL-E's frozen encoder, which makes labels and is not here
+MASKED_SPEC_EMBED = 768  # Wav2Vec2Model.masked_spec_embed: in the place of what pretraining hides, which is not here
+
 PARAMETERS = [  # exact counts of the published classes: name, heads, further fields, parameters
     ("bert-base-uncased", (), {}, 109_482_240),
     ("bert-base-uncased", ("masked-lm", "matching"), {}, 110_106_428),
+    ("bert-base-uncased", ("masked-lm",), {}, 109_514_298),
+    ("roberta-base", (), {"type_vocab_size": 2}, 124_646_400),
+    ("vilt-b32", (), {}, 111_595_008),
+    ("vilt-b32", ("masked-lm",), {}, 112_217_658),
+    ("visualbert-vqa-coco-pre", (), {}, 111_450_624),
+    ("visualbert-vqa-coco-pre", ("masked-lm", "matching"), {}, 112_074_812),
+    ("visualbert-vcr-coco-pre", (), {}, 110_270_976),
+    ("lxmert-base-uncased", (), {}, 207_936_768),
+    ("lxmert-base-uncased", ("masked-lm", "matching", "regions", "answering"), {}, 228_051_752),
+    ("flava-full", (), {}, 241_356_289),
+    ("flava-full", FLAVA, {}, 357_645_303 - CODEBOOK),
+    ("blip-image-captioning-base", ("captioning",), {}, 223_971_644),
+    ("blip-itm-base-coco", ("matching",), {}, 223_744_258),
+    ("siglip2-base-patch16-naflex", (), {"text_config": {"vocab_size": 32_000}}, 203_202_050),  # of the published default
+    ("git-base", (), {}, 153_147_648),
+    ("ast-finetuned-audioset-10-10-0.4593", (), {}, 86_187_264),
+    ("videomae-base", (), {"use_mean_pooling": True}, 86_225_664),
+    ("t5-small", ("captioning",), {}, 60_506_624),
+    ("wav2vec2-base", (), {}, 94_371_712 - MASKED_SPEC_EMBED),
     ("gpt2", (), {}, 124_439_808),
     ("gpt2", ("captioning",), {}, 124_439_808),
     ("vit-base-patch16-224", (), {}, 86_389_248),
-    ("vit-base-patch16-224", ("classification",), {"num_labels": 1000}, 86_567_656),
+    ("vit-base-patch16-224", ("classification",), {}, 86_567_656),
     ("clip-vit-base-patch32", (), {}, 151_277_313),
     ("bridgetower-base", (), {}, 326_347_008),
     ("bridgetower-base-itm-mlm", ("masked-lm",), {}, 365_592_921),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import golden
+import golden_losses
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +20,12 @@ import mmx
 from mmx.errors import InputError
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
-from mmx.zoo import FAMILIES, NAMES, Pretrained, configuration
+from mmx.zoo import FAMILIES, NAMES, Pretrained, build, configuration
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Chosen
+from mmx.zoo.loss import class_loss
 from mmx.zoo.pages import counts_of
-from mmx.zoo.pretrained import _names, build
+from mmx.zoo.pretrained import _names
 from mmx.zoo.weights import INDEX, flat, resolve, write
 
 COUNTS = counts_of((Path(__file__).parent.parent / "docs" / "models.md").read_text())
@@ -260,6 +262,113 @@ def test_a_bare_model_and_its_heads(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path).params, bare.params)
     with pytest.raises(InputError, match="unknown head 'masked-ml'; did you mean 'masked-lm'"):
         mmx.load_pretrained(BERT, heads=("masked-ml",))
+
+
+@pytest.mark.parametrize("folder", [path for path in PUBLISHED if not golden_losses.call_of(path)], ids=lambda path: path.name)
+def test_what_is_inside_any_head_loads_alone(folder):
+    """Every published file gives its bare model: its tensors as they were, and nothing of a head."""
+    family = golden.CLASSES.get(golden.class_of(folder), golden.Class()).family
+    bare, whole = mmx.load_pretrained(folder, family=family, heads=()), mmx.load_pretrained(folder, family=family)
+    assert bare.heads == () and not {f"heads_{head}" for head in bare.family.heads} & {*bare.params}
+    leaves, kept = flat(bare.params), flat(whole.params)
+    for name in {*leaves} & {*kept}:
+        np.testing.assert_array_equal(leaves[name], kept[name])
+
+
+@pytest.mark.parametrize(("folder", "heads"), [(BERT, ("masked-lm",)), (BERT, ()), (VIT, ())], ids=["words", "bert", "vit"])
+def test_a_pooler_only_where_the_file_has_one(tmp_path, folder, heads):
+    """BertForMaskedLM is published without a pooler, as are bare models of some; the numbers of the others are the same."""
+    names = ("pooler", "seq_relationship", "classifier", *(() if heads else ("cls.",)))
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors = {name: x for name, x in tensors.items() if not any(part in name for part in names)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    found, given = mmx.load_pretrained(tmp_path), golden.given(folder)
+    assert found.heads == heads and not [name for name in found.params if name.startswith("poolers")]
+    given = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values") if name in given}
+    fields, whole = found(**given), mmx.load_pretrained(folder)(**given)
+    assert "pooler_output" not in fields
+    np.testing.assert_array_equal(fields["last_hidden_state"], whole["last_hidden_state"])
+    mmx.save_pretrained(tmp_path / "again", found)
+    again = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
+    assert {n.removeprefix("bert.").removeprefix("vit.") for n in again} <= {
+        n.removeprefix("bert.").removeprefix("vit.") for n in tensors
+    }
+    assert mmx.load_pretrained(tmp_path / "again").heads == heads
+
+
+def test_weights_of_attention():
+    """By value against softmax(q k) of the first layer; a family that returns none says so."""
+    pretrained, given = mmx.load_pretrained(BERT), golden.given(BERT)
+    given = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    fields = pretrained(**given, output_hidden_states=True, output_attentions=True)
+    own, x = pretrained.params["stages_0"]["text"]["layers"]["block"]["self"], np.asarray(fields["hidden_states"][0])
+    q, k = (np.einsum("bld,dhk->blhk", x, own[n]["kernel"][0]) + own[n]["bias"][0] for n in ("query", "key"))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores) * (given["attention_mask"][:, None, None] != 0)
+    assert len(fields["attentions"]) == pretrained.config.num_hidden_layers and "attentions" not in pretrained(**given)
+    np.testing.assert_allclose(fields["attentions"][0], weights / weights.sum(-1, keepdims=True), atol=1e-5)
+    assert "attentions" in mmx.load_pretrained(VIT)(**golden.given(VIT), output_attentions=True)
+    with pytest.raises(InputError, match="t5: it returns no attentions; call it without output_attentions=True"):
+        mmx.load_pretrained(T5)(**golden.given(T5), output_attentions=True)
+
+
+def test_the_loss_of_classes():
+    """By the published `problem_type`, told or seen, against its formula; labels that do not fit it are named."""
+    rng = np.random.default_rng(0)
+    logits, numbers = rng.normal(size=(4, 3)).astype(np.float32), rng.random((4, 3)).astype(np.float32)
+    labels = np.asarray([0, 2, 1, -100])
+    squares = np.square(logits - numbers).mean()
+    each = np.logaddexp(0, logits) - numbers * logits
+    one = (np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), labels.clip(0)])[:3].mean()
+    for expected, *given in (
+        (one, logits, labels),
+        (one, logits, labels[:, None], "single_label_classification"),
+        (each.mean(), logits, numbers),
+        (squares, logits, numbers, "regression"),
+        (np.square(logits[:, 0] - numbers[:, 0]).mean(), logits[:, :1], numbers[:, 0]),
+        (each[:, 0].mean(), logits[:, :1], numbers[:, :1], "multi_label_classification"),
+    ):
+        np.testing.assert_allclose(class_loss(*given), expected, rtol=1e-5)
+    with pytest.raises(InputError, match=r"labels: expected \(4, 3\) where problem_type is 'regression', got \(4,\)"):
+        class_loss(logits, numbers[:, 0], "regression")
+    with pytest.raises(InputError, match="labels: expected integers where problem_type is 'single_label_classification'"):
+        class_loss(logits, numbers[:, 0])
+    with pytest.raises(InputError, match="unknown problem 'regresion'; did you mean 'regression'"):
+        class_loss(logits, numbers, "regresion")
+    small = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    for classes, problem, target in ((1, None, numbers[:2, 0]), (3, "regression", numbers[:2])):
+        family, config = configuration("roberta-base", **small, num_labels=classes, problem_type=problem)
+        model = build(family, config, ("classification",), "float32")
+        params = jax.jit(lambda key, model=model: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+        fields = Pretrained(model, params, config, family, ("classification",))(input_ids=np.full((2, 5), 4), labels=target)
+        expected = np.square(np.asarray(fields["logits"]) - target.reshape(2, -1)).mean()
+        np.testing.assert_allclose(fields["loss"], expected, rtol=1e-5)
+
+
+def test_classes_of_published_names():
+    for name, family in NAMES.items():
+        if name.startswith(("vit-", "deit-")) and family.name in ("vit", "deit"):
+            classes = configuration(name)[1].num_labels
+            assert classes == (2 if name.endswith("-in21k") else 1000), (name, family.name)
+
+
+def test_a_mapping_in_a_configuration(tmp_path):
+    """It is a part of what a program is made for, and written back as it came."""
+    shutil.copytree(PUBLISHED[0].parent / "CoCa", tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["text_cfg"] |= {"tokenizer_kwargs": {"clean": ["lower", {"strip": True}]}, "act_kwargs": {}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    pretrained = mmx.load_pretrained(tmp_path, family="coca")
+    given = golden.given(tmp_path)
+    assert np.isfinite(pretrained(**given)["loss"])
+    mmx.save_pretrained(tmp_path / "again", pretrained)
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {n: again["text_cfg"][n] for n in ("tokenizer_kwargs", "act_kwargs")} == {
+        n: fields["text_cfg"][n] for n in ("tokenizer_kwargs", "act_kwargs")
+    }
+    changed = override(pretrained.config, {"text_cfg": {"tokenizer_kwargs": {"clean": []}}})
+    assert hash(changed) != hash(pretrained.config) and mmx.load_pretrained(tmp_path, family="coca").config == pretrained.config
 
 
 def test_inputs_are_checked():

@@ -12,8 +12,9 @@ from mmx.modalities.patches import overlapping_grid
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import vit
-from mmx.zoo.config import Layers
+from mmx.zoo.config import Classes, Layers
 from mmx.zoo.family import Family, Runner
+from mmx.zoo.loss import class_loss
 from mmx.zoo.sounds import FilterBankSteps
 from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
@@ -22,7 +23,7 @@ BODY = "audio_spectrogram_transformer"
 
 
 @dataclasses.dataclass(frozen=True)
-class ASTConfig(Layers):
+class ASTConfig(Classes, Layers):
     """The published fields of AST."""
 
     layer_norm_eps: float = 1e-12
@@ -32,7 +33,6 @@ class ASTConfig(Layers):
     time_stride: int = 10
     max_length: int = 1024
     num_mel_bins: int = 128
-    num_labels: int = 2
 
     @property
     def size(self) -> tuple[int, int]:
@@ -81,11 +81,12 @@ def _forward(run: Runner, c: ASTConfig, inputs: Mapping[str, Any]) -> dict[str, 
     r = run({"audio": jnp.swapaxes(inputs["input_values"], 1, 2)[..., None]})  # (B, T, mel) -> (B, mel, T, 1)
     logits = r.out.logits.get("classification")
     return {
-        "loss": vit.class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": class_loss(logits, inputs["labels"], c.problem_type) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": r.out.streams["audio"].values,
         "pooler_output": r.out.pooled["audio"],
         "hidden_states": tuple(r.states("stages_0", "audio")),
+        "attentions": tuple(r.attentions("stages_0", "audio")),
     }
 
 

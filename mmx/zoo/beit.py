@@ -13,17 +13,18 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import timm
-from mmx.zoo.config import Pixels, activation, only
-from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.config import Classes, Pixels, activation, only
+from mmx.zoo.family import Family, Runner, channels_last, pair, told_by_pooler
+from mmx.zoo.loss import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import RENAMED, class_loss
+from mmx.zoo.vit import RENAMED
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitConfig(Pixels):
+class BeitConfig(Classes, Pixels):
     """The published fields of BEiT; those of its segmentation heads are known and not read."""
 
     vocab_size: int = 8192
@@ -35,7 +36,7 @@ class BeitConfig(Pixels):
     layer_scale_init_value: float = 0.1
     drop_path_rate: float = 0.1
     use_mean_pooling: bool = True
-    num_labels: int = 2
+    add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
 def _grid(c: BeitConfig) -> tuple[int, int]:
@@ -63,7 +64,7 @@ def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         "masked-image": TokenClassifier(c.vocab_size, "image", transform=False, norm=c.layer_norm_eps),
         "classification": Classifier(c.num_labels, "image", transform=False),
     }
-    mean = Pooler("content", norm=c.layer_norm_eps) if c.use_mean_pooling else Pooler("first")
+    mean = c.use_mean_pooling and c.add_pooling_layer and tuple(heads) != ("masked-image",)
     return build_model(
         {"image": image},
         (PerStream(c.num_hidden_layers),),
@@ -78,7 +79,7 @@ def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
         drop_path=c.drop_path_rate,
         final_norm=not c.use_mean_pooling,
         embed=0,
-        poolers={"image": Pooler("first") if tuple(heads) == ("masked-image",) else mean},
+        poolers={"image": Pooler("content", norm=c.layer_norm_eps) if mean else Pooler("first")},
         outputs={name: outputs[name] for name in heads},
         dtype=dtype,
     )
@@ -104,6 +105,10 @@ def _table(c: BeitConfig) -> Table:
     }
 
 
+def _infer(c: BeitConfig, shapes: Mapping[str, Any]) -> BeitConfig:
+    return told_by_pooler(c, shapes) if c.use_mean_pooling else c  # a pooler that takes the first token has no weights
+
+
 def _forward(run: Runner, c: BeitConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     image, hidden = channels_last(inputs["pixel_values"]), inputs.get("bool_masked_pos")
     r = run({"image": image if hidden is None else {"image": image, "hidden": hidden.reshape(len(image), -1)}})
@@ -116,13 +121,14 @@ def _forward(run: Runner, c: BeitConfig, inputs: Mapping[str, Any]) -> dict[str,
             labels = inputs["labels"].reshape(-1)[jnp.maximum(jnp.cumsum(here) - 1, 0)]
             loss = masked_mean(cross_entropy(codes.reshape(-1, codes.shape[-1]), labels), here)
     elif classes is not None and "labels" in inputs:
-        loss = class_loss(classes, inputs["labels"])
+        loss = class_loss(classes, inputs["labels"], c.problem_type)
     return {
         "loss": loss,
         "logits": classes if codes is None else codes,
         "last_hidden_state": r.out.streams["image"].values,
-        "pooler_output": r.out.pooled["image"] if codes is None and classes is None else None,
+        "pooler_output": r.out.pooled["image"] if not r.out.logits and c.add_pooling_layer else None,
         "hidden_states": tuple(r.states("stages_0", "image")),
+        "attentions": tuple(r.attentions("stages_0", "image")),
     }
 
 
@@ -165,6 +171,7 @@ FAMILIES = (
         prefix="beit",
         known=(r"relative_position_index$",),
         older={**RENAMED, r"attention\.attention\.relative_position": "relative_position"},
+        infer=_infer,
         libraries=(timm.BEIT,),
     ),
 )

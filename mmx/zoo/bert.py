@@ -1,18 +1,18 @@
 """BERT (arXiv 1810.04805) and its kin in size: RoBERTa, MiniLM. One text stream, post-norm, erf GELU, eps 1e-12."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from mmx.heads import Classifier, Pooler, TiedDecoder
-from mmx.losses import cross_entropy, masked_mean
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo.config import Words, activation, only
-from mmx.zoo.family import Family, Run, Runner, padded
+from mmx.zoo.family import Family, Run, Runner, padded, told_by_pooler
+from mmx.zoo.loss import token_loss
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
@@ -28,18 +28,24 @@ LAYER: Table = {  # of every model that copied BERT's
 }
 
 
-KNOWN = (r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$")  # buffers and tied copies
+KNOWN = (  # buffers, tied copies, a pooler in the file of a model that does not read it
+    r"position_ids$",
+    r"cls\.predictions\.decoder\.(weight|bias)$",
+    r"(^|\.)pooler\.dense\.(weight|bias)$",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig(Words):
     """The published fields of BERT."""
 
+    without_pooler: ClassVar[tuple[str, ...]] = ("masked-lm",)  # heads that are published without it
     layer_norm_eps: float = 1e-12
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
+    add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
 def text_embedder(c: Any) -> Ids:
@@ -70,8 +76,18 @@ def masked_lm_head(c: Any, modality: str = "text") -> TiedDecoder:
     return TiedDecoder(modality, activation=activation(c.hidden_act), norm=c.layer_norm_eps, own=not tied)
 
 
+def pools(c: Any, heads: Iterable[str]) -> bool:
+    """Whether a model with these heads is published with a pooler."""
+    return c.add_pooling_layer and not ({*heads} and {*heads} <= {*c.without_pooler})
+
+
+def text_pooler(c: Any, heads: Sequence[str]) -> Pooler:
+    """The published pooler, where there is one."""
+    return Pooler("first", size=c.hidden_size, activation="tanh") if pools(c, heads) else Pooler("first")
+
+
 def assemble(c: Any, text: Ids, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
-    """One post-norm stack over the tokens of `text`, a pooler, and the heads that are named."""
+    """One post-norm stack over the tokens of `text`, the pooler, and the heads that are named."""
     only(c, position_embedding_type="absolute", is_decoder=False)
     outputs = {"masked-lm": masked_lm_head(c), "matching": Classifier(2, "text", transform=False)}
     return build_model(
@@ -79,7 +95,7 @@ def assemble(c: Any, text: Ids, heads: Sequence[str], dtype: str) -> MultimodalT
         (PerStream(c.num_hidden_layers),),
         width=c.hidden_size,
         embed=0,
-        poolers={"text": Pooler("first", size=c.hidden_size, activation="tanh")},
+        poolers={"text": text_pooler(c, heads)},
         outputs={name: outputs[name] for name in heads},
         dtype=dtype,
         **block(c),
@@ -135,20 +151,16 @@ def read_text(inputs: Mapping[str, Any]) -> Any:
     return padded(ids, inputs.get("attention_mask"), **beside)
 
 
-def token_loss(logits: Any, labels: Any, ignored: int = -100) -> Any:
-    """The mean cross-entropy of labels; those that are `ignored` do not count."""
-    return masked_mean(cross_entropy(logits, jnp.maximum(labels, 0)), labels != ignored)
-
-
-def masked_lm_fields(r: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def masked_lm_fields(c: Any, r: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a model with the masked-lm head returns, or the bare one."""
     logits = r.out.logits.get("masked-lm")
     return {
         "loss": token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": r.out.streams["text"].values,
-        "pooler_output": r.out.pooled["text"],
+        "pooler_output": r.out.pooled["text"] if pools(c, r.out.logits) else None,
         "hidden_states": tuple(r.states("stages_0", "text")),
+        "attentions": tuple(r.attentions("stages_0", "text")),
     }
 
 
@@ -164,8 +176,9 @@ def _forward(run: Runner, c: BertConfig, inputs: Mapping[str, Any]) -> dict[str,
     return {
         "loss": sum(losses) if losses else None,
         "last_hidden_state": r.out.streams["text"].values,
-        "pooler_output": r.out.pooled["text"],
+        "pooler_output": r.out.pooled["text"] if pools(c, r.out.logits) else None,
         "hidden_states": tuple(r.states("stages_0", "text")),
+        "attentions": tuple(r.attentions("stages_0", "text")),
         "prediction_logits" if both else "logits": words if words is not None else relation,
         "seq_relationship_logits": relation if both else None,
     }
@@ -205,5 +218,6 @@ FAMILIES = (
         texts=TEXTS,
         length=lambda c: c.max_position_embeddings,
         known=KNOWN,
+        infer=told_by_pooler,
     ),
 )

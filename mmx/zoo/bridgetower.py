@@ -15,6 +15,7 @@ from mmx.topologies import Bridge, PerStream
 from mmx.zoo import bert, blip, clip, roberta
 from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import Family, Run, Runner, channels_last
+from mmx.zoo.loss import token_loss
 from mmx.zoo.siglip import attention_table
 from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
 
@@ -253,7 +254,7 @@ def _states(r: Run, depth: int) -> tuple[Any, ...]:
 
 
 def _labelled(logits: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"logits": logits, "loss": bert.token_loss(logits, inputs["labels"]) if "labels" in inputs else None}
+    return {"logits": logits, "loss": token_loss(logits, inputs["labels"]) if "labels" in inputs else None}
 
 
 def _contrastive(space: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -245,6 +245,14 @@ class Pixels(Layers):
     num_channels: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Those of a head that tells classes."""
+
+    num_labels: int = 2
+    problem_type: str | None = None  # which `mmx.zoo.loss.class_loss`; None: what the labels look like
+
+
 def activation(name: str, field: str = "hidden_act") -> str:
     """Our name of a published activation."""
     if name not in ACTIVATION:
@@ -328,7 +336,7 @@ def override(config: Config, fields: Mapping[str, Any]) -> Config:
         elif isinstance(value, Mapping):
             nested.setdefault(name, {}).update(value)
         else:
-            whole[name] = value
+            whole[name] = _frozen(value)
     known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name in (*whole, *nested):
         if name not in known:
@@ -344,9 +352,23 @@ def override(config: Config, fields: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, **checked(parts))  # type: ignore[type-var]
 
 
+class Frozen(dict[Any, Any]):
+    """A mapping that a configuration holds, so that it can be hashed; equal, and written, as any other mapping."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def _frozen(value: Any) -> Any:
+    """A published value as one that can be hashed."""
+    if isinstance(value, Mapping):
+        return Frozen({name: _frozen(v) for name, v in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    """The value of a field if its type is right, a list as a tuple."""
-    value = tuple(value) if isinstance(value, list) else value
+    """The value of a field if its type is right, such that it can be hashed."""
+    value = value if dataclasses.is_dataclass(value) else _frozen(value)
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(c) or c for c in choices if c is not Any)
     kinds += (int,) if float in kinds else ()

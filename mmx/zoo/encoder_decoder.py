@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from mmx.layers import BlockConfig
 from mmx.topologies import Cross, PerStream, Stage
 from mmx.types import Masked
-from mmx.zoo.bert import token_loss
 from mmx.zoo.family import Generation, Runner, padded
+from mmx.zoo.loss import token_loss
 
 TARGET = "target"
 

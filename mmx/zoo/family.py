@@ -1,6 +1,7 @@
 """What a family of published models is: its configuration, how it is assembled, its weight table, its published names."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -205,6 +206,14 @@ class Family:
             forward=forward,
             library=library,
         )
+
+
+def told_by_pooler(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Whether the model has a pooler, which only the weights tell: bare classes are made with and without it.
+
+    For the `infer` of a family whose configuration has `add_pooling_layer`, an argument of the published class.
+    """
+    return dataclasses.replace(config, add_pooling_layer=any(re.search(r"(^|\.)pooler\.", name) for name in shapes))
 
 
 def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:

@@ -17,6 +17,7 @@ from mmx.topologies import Adapt, Joint, PerStream
 from mmx.zoo import bert, clip
 from mmx.zoo.config import Layers, Pixels, only
 from mmx.zoo.family import Family, Generation, Runner, channels_last, padded
+from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 
@@ -110,7 +111,7 @@ def _forward(run: Runner, c: GitConfig, inputs: Mapping[str, Any]) -> dict[str, 
     logits, labels, loss = r.out.logits.get("captioning"), inputs.get("labels"), None
     if logits is not None and labels is not None:
         written = logits[:, -labels.shape[1] :]
-        loss = bert.token_loss(written[:, :-1], labels[:, 1:])
+        loss = token_loss(written[:, :-1], labels[:, 1:])
     seen = None
     if "image" in streams:
         last = r.intermediates["stages_1"]["entered"]["image"]

@@ -8,9 +8,9 @@ from mmx.heads import Pooler, TiedDecoder
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Generation, Runner, padded
+from mmx.zoo.loss import token_loss
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, conv1d, layers
 

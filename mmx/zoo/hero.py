@@ -19,6 +19,7 @@ from mmx.topologies import Adapt, Joint, PerStream, Scatter
 from mmx.zoo import bert
 from mmx.zoo.config import Words, activation, only, override
 from mmx.zoo.family import Family, Runner, padded, padded_features
+from mmx.zoo.loss import token_loss
 from mmx.zoo.roberta import places
 from mmx.zoo.uniter import Slots
 from mmx.zoo.weights import Table, layers
@@ -194,7 +195,7 @@ def _forward(run: Runner, c: HeroConfig, inputs: Mapping[str, Any]) -> dict[str,
     order, loss = heads.get("frame-order"), None
     if order is not None and "shuffled_orders" in inputs:
         order = run(_videos(inputs, clips, inputs["shuffled_orders"])).out.logits["frame-order"]
-        loss = bert.token_loss(order, inputs["targets"], -1) if "targets" in inputs else None
+        loss = token_loss(order, inputs["targets"], -1) if "targets" in inputs else None
     entered = r.intermediates["stages_2"]["states"].get("video")
     return {
         "sequence_output": None if slots is None else slots.fill(jnp.concatenate(read, 1)),

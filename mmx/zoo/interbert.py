@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmx.losses import masked_mean
+from mmx.losses import kl_divergence, masked_mean
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import bert, vilbert
@@ -78,7 +78,7 @@ def _forward(run: Runner, c: InterBertConfig, inputs: Mapping[str, Any]) -> dict
     result = vilbert.fields(r, inputs)
     if result["prediction_scores_v"] is not None and "image_target" in inputs:
         scores, target = result["prediction_scores_v"][:, 1:], inputs["image_target"]  # the whole image has no target
-        away = ((scores - target) ** 2).sum(-1) if c.predict_feature else vilbert.divergence(scores, target)
+        away = ((scores - target) ** 2).sum(-1) if c.predict_feature else kl_divergence(scores, target)
         paired = inputs["next_sentence_label"] == 0  # a region is asked for where text and image belong together
         result["masked_img_loss"] = masked_mean(away, (inputs["image_label"] == 1) & paired[:, None])[None]
     return result

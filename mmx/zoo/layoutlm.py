@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from mmx.model import MultimodalTransformer
 from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.family import Family, Runner
+from mmx.zoo.family import Family, Runner, told_by_pooler
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table
 
@@ -18,6 +18,7 @@ from mmx.zoo.weights import Table
 class LayoutLMConfig(bert.BertConfig):
     """The published fields of LayoutLM: BERT's, and how many places a page has along each side."""
 
+    without_pooler: ClassVar[tuple[str, ...]] = ()
     max_2d_position_embeddings: int = 1024
 
 
@@ -41,7 +42,7 @@ def _forward(run: Runner, c: LayoutLMConfig, inputs: Mapping[str, Any]) -> dict[
     x, y = box[..., 0::2], box[..., 1::2]  # (B, L, 2): from, to
     corners = {"x": x, "y": y, "box_width": x[..., 1] - x[..., 0], "box_height": y[..., 1] - y[..., 0]}
     r = run({"text": Masked({**text.array, **corners}, text.mask, keep=True)})
-    return bert.masked_lm_fields(r, inputs)
+    return bert.masked_lm_fields(c, r, inputs)
 
 
 FAMILIES = (
@@ -55,6 +56,7 @@ FAMILIES = (
         heads={"masked-lm": "cls.predictions"},
         prefix="layoutlm",
         known=bert.KNOWN,
+        infer=told_by_pooler,
         texts=Texts("[CLS]", "[SEP]", lower=True, page=1000),
         length=lambda c: c.max_position_embeddings,
     ),

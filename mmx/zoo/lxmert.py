@@ -7,13 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmx.heads import Classifier, Pooler, TokenClassifier
-from mmx.losses import cross_entropy
+from mmx.losses import cross_entropy, regression_loss
 from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert
 from mmx.zoo.config import Words, activation
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
+from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
 
 _OWN: Table = {
@@ -128,9 +129,8 @@ def _region_loss(c: LxmertConfig, scores: Mapping[str, Any], labels: Mapping[str
     total = jnp.float32(0)
     for name in c.answers:
         label, confidence = labels[name]
-        if name == "feat":  # smooth L1, the mean over the feature
-            away = jnp.abs(scores[name] - label)
-            loss = jnp.where(away < 1, away**2 / 2, away - 0.5).mean(-1)
+        if name == "feat":
+            loss = regression_loss(scores[name], label, huber=True)
         else:
             loss = jnp.where(label == -100, 0, cross_entropy(scores[name], jnp.maximum(label, 0)))
         total += (loss * confidence).mean() * c.visual_loss_normalizer
@@ -153,7 +153,7 @@ def _forward(run: Runner, c: LxmertConfig, inputs: Mapping[str, Any]) -> dict[st
         if asked and scores is None:
             continue  # these labels are no input of a model without the head; those of a task that is off are, and do nothing
         if labels in inputs and asked:
-            loss = _region_loss(c, scores, inputs[labels]) if name == "obj" else bert.token_loss(scores, inputs[labels])
+            loss = _region_loss(c, scores, inputs[labels]) if name == "obj" else token_loss(scores, inputs[labels])
             losses[f"loss_{name}"] = loss
     return {
         "loss": sum(losses.values()) if losses else None,

@@ -13,9 +13,9 @@ from mmx.modalities import Features, Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Latent
 from mmx.types import Masked
-from mmx.zoo.bert import token_loss
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.loss import token_loss
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 

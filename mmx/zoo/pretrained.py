@@ -72,11 +72,11 @@ class Pretrained:
 
         Args:
             output_hidden_states: whether `hidden_states` are among them: a tuple, the embeddings first.
-            output_attentions: whether `attentions`, the weights of attention, are among them, where the family returns any.
+            output_attentions: whether `attentions`, the weights of attention, are among them: a tuple, one of each layer.
             **inputs: arrays, and flags and numbers such as `return_loss=True`; what is None is not there.
 
         Raises:
-            InputError: an input this family does not have.
+            InputError: an input this family does not have, or attentions where it returns none.
         """
         fields = self.apply(self.params, output_hidden_states, output_attentions, **inputs)
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
@@ -251,13 +251,21 @@ def _call(
 
     read = _Inputs({**inputs, **dict(flags)}, family.name)
     fields = family.forward(run, config, read)
-    return _present(fields, tuple(name for name in INSIDE if name not in wanted)), read.taken, caches
+    fields = _present(fields, tuple(name for name in INSIDE if name not in wanted))
+    if "attentions" in wanted and not _has(fields, "attentions"):
+        raise InputError(f"{family.name}: it returns no attentions; call it without output_attentions=True")
+    return fields, read.taken, caches
 
 
 def _present(fields: Mapping[str, Any], unwanted: tuple[str, ...]) -> dict[str, Any]:
     """The fields that have a value, those of the inside only if they were asked for."""
     inner = {n: _present(v, unwanted) if isinstance(v, Mapping) else v for n, v in fields.items()}
-    return {n: v for n, v in inner.items() if v is not None and not n.endswith(unwanted)}
+    return {n: v for n, v in inner.items() if v is not None and not (n.endswith(unwanted) or (isinstance(v, tuple) and not v))}
+
+
+def _has(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether fields, or those within one, tell of the inside by this name."""
+    return any(n.endswith(name) or (isinstance(v, Mapping) and _has(v, name)) for n, v in fields.items())
 
 
 def _chosen(x: Any) -> bool:
@@ -312,8 +320,8 @@ def load_published(
     tensors = weight_files.Tensors(folder, library.titles if library else (weight_files.TITLE,))
     config = config if found.infer is None else found.infer(config, tensors.shapes)
     bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
-    begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
     if heads is None:
+        begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
         heads = tuple(head for head, names in begins.items() if any(n.startswith(names) for n in tensors.shapes))
     model = build(found, config, heads, dtype, remat=remat, unroll=unroll)
     weights, params = _weights(found, config, model)
@@ -321,7 +329,7 @@ def load_published(
     for w in weights:
         name = names.get(w.name, w.name)
         names[w.name] = next((n for n in _names(name, found.older) if n in tensors.shapes), name)
-    known = [*found.known, *(f"^{re.escape(n)}" for head, names_of in begins.items() if head not in heads for n in names_of)]
+    known = [*found.known, *_of_others(found, config, heads)]
     weight_files.check(weights, params, tensors, known, names)
     where = shardings(mesh, params) if mesh is not None else None
     params = weight_files.read(weights, params, tensors, names, where)
@@ -373,6 +381,16 @@ def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], 
             f"name one: family={' or '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[name], fields, file
+
+
+def _of_others(family: Family, config: Any, heads: Sequence[str]) -> list[str]:
+    """Patterns of the tensors of heads that are not among these."""
+    others, patterns = [head for head in family.heads if head not in heads], []
+    for name, target in family.table(config).items():
+        paths = target.paths if isinstance(target, weight_files.Layout) else (target,)
+        if paths[0].startswith(tuple(f"heads_{head}/" for head in others)):
+            patterns += [f"^{re.escape(n)}(\\.|$)" for n in _names(name, family.older)]
+    return patterns + [f"^{re.escape(n)}" for head in others for n in _names(family.heads[head], family.older)]
 
 
 def _names(name: str, older: Mapping[str, str]) -> list[str]:

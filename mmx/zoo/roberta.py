@@ -2,34 +2,36 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.heads import Classifier, Pooler, TiedDecoder
+from mmx.heads import Classifier, TiedDecoder
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.config import Words, only
-from mmx.zoo.family import Family, Runner
+from mmx.zoo.config import Classes, Words, only
+from mmx.zoo.family import Family, Runner, told_by_pooler
+from mmx.zoo.loss import class_loss, token_loss
 from mmx.zoo.tokenizer import Texts
 from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class RobertaConfig(Words):
+class RobertaConfig(Classes, Words):
     """The published fields of RoBERTa."""
 
+    without_pooler: ClassVar[tuple[str, ...]] = ("masked-lm", "classification")
     vocab_size: int = 50265
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 1
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
     tie_word_embeddings: bool = True
-    num_labels: int = 2
+    add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
 def _build(c: RobertaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
@@ -39,14 +41,12 @@ def _build(c: RobertaConfig, heads: Sequence[str], dtype: str) -> MultimodalTran
         "masked-lm": TiedDecoder("text", activation="gelu", norm=c.layer_norm_eps),
         "classification": Classifier(c.num_labels, "text"),
     }
-    # Published models with a head have no pooler.
-    pooler = Pooler("first") if heads else Pooler("first", size=c.hidden_size, activation="tanh")
     return build_model(
         {"text": bert.text_embedder(c)},
         (PerStream(c.num_hidden_layers),),
         width=c.hidden_size,
         embed=0,
-        poolers={"text": pooler},
+        poolers={"text": bert.text_pooler(c, heads)},
         outputs={name: outputs[name] for name in heads},
         dtype=dtype,
         **bert.block(c),
@@ -89,13 +89,17 @@ def _forward(run: Runner, c: RobertaConfig, inputs: Mapping[str, Any]) -> dict[s
     r = run({"text": read_text(c, inputs)})
     heads: Any = r.out.logits
     words, classes = heads.get("masked-lm"), heads.get("classification")
-    logits = words if words is not None else classes
+    logits, loss = words if words is not None else classes, None
+    if logits is not None and "labels" in inputs:
+        labels = inputs["labels"]
+        loss = token_loss(words, labels) if words is not None else class_loss(classes, labels, c.problem_type)
     return {
-        "loss": bert.token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": loss,
         "logits": logits,
         "last_hidden_state": r.out.streams["text"].values,
-        "pooler_output": r.out.pooled["text"] if logits is None else None,
+        "pooler_output": r.out.pooled["text"] if bert.pools(c, heads) else None,
         "hidden_states": tuple(r.states("stages_0", "text")),
+        "attentions": tuple(r.attentions("stages_0", "text")),
     }
 
 
@@ -126,6 +130,7 @@ def _family(name: str, names: Mapping[str, Mapping[str, Any]], texts: Texts) -> 
         texts=texts,
         length=length,
         known=(r"position_ids$", r"^lm_head\.decoder\.(weight|bias)$", r"pooler\.dense\.(weight|bias)$"),
+        infer=told_by_pooler,
     )
 
 

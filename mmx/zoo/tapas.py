@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mmx.model import MultimodalTransformer
 from mmx.zoo import bert
 from mmx.zoo.config import only
-from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.family import Family, Runner, padded, told_by_pooler
 from mmx.zoo.weights import Table
 
 COLUMN, ROW = 1, 2  # which of the numbers of a token
@@ -55,7 +55,7 @@ def _forward(run: Runner, c: TapasConfig, inputs: Mapping[str, Any]) -> dict[str
         beside["place"] = jnp.broadcast_to(inputs["position_ids"], ids.shape)
     elif c.reset_position_index_per_cell:
         beside["place"] = places_in_cells(types, c.max_position_embeddings - 1)
-    return bert.masked_lm_fields(run({"text": padded(ids, inputs.get("attention_mask"), **beside)}), inputs)
+    return bert.masked_lm_fields(c, run({"text": padded(ids, inputs.get("attention_mask"), **beside)}), inputs)
 
 
 FAMILIES = (
@@ -78,5 +78,6 @@ FAMILIES = (
         texts=bert.TEXTS,
         length=lambda c: c.max_position_embeddings,
         known=bert.KNOWN,
+        infer=told_by_pooler,
     ),
 )

@@ -8,16 +8,17 @@ from mmx.heads import Classifier, Pooler
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import Pixels, only
+from mmx.zoo.config import Classes, Pixels, only
 from mmx.zoo.family import Family, Runner, channels_last
-from mmx.zoo.vit import block, class_loss
+from mmx.zoo.loss import class_loss
+from mmx.zoo.vit import block
 from mmx.zoo.weights import Table, convolution, fused, layers, reshaped
 
 DIVIDED = "divided_space_time"
 
 
 @dataclasses.dataclass(frozen=True)
-class TimesformerConfig(Pixels):
+class TimesformerConfig(Classes, Pixels):
     """The published fields of TimeSformer."""
 
     image_size: int = 224
@@ -27,7 +28,6 @@ class TimesformerConfig(Pixels):
     qkv_bias: bool = True
     attention_type: str = DIVIDED
     drop_path_rate: float = 0.0
-    num_labels: int = 2
 
 
 def _build(c: TimesformerConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
@@ -102,7 +102,7 @@ def _forward(run: Runner, c: TimesformerConfig, inputs: Mapping[str, Any]) -> di
     r = run({"video": video})
     logits = r.out.logits.get("classification")
     return {
-        "loss": class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": class_loss(logits, inputs["labels"], c.problem_type) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": published(r.out.streams["video"].values),
         "hidden_states": tuple(published(x) for x in r.states("stages_0", "video")),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.heads import Classifier, Pooler, TiedDecoder, TokenClassifier
-from mmx.losses import cross_entropy, transport_distance
+from mmx.losses import cross_entropy, region_labels, transport_distance
 from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
@@ -191,8 +191,9 @@ def _regions(heads: Any, slots: Slots, inputs: Mapping[str, Any]) -> tuple[dict[
     if "mrfr" in scores and "feat_targets" in inputs:
         loss["mrfr"] = where_marked((scores["mrfr"] - inputs["feat_targets"][number]) ** 2)
     if "mrc" in scores and "label_targets" in inputs:
-        target = inputs["label_targets"][number]  # (B, S, classes); class 0 is the background and nobody's label
-        loss["mrc"] = where_marked(cross_entropy(scores["mrc"], target[..., 1:].argmax(-1) + 1))
+        target = inputs["label_targets"][number]  # (B, S, classes)
+        loss["mrc"] = where_marked(cross_entropy(scores["mrc"], region_labels(target)))
+        # Published: class by class, where `kl_divergence` is their sum.
         away = jax.scipy.special.xlogy(target, target) - target * jax.nn.log_softmax(scores["mrc"])
         loss["mrc-kl"] = where_marked(away)
     return scores, loss

@@ -22,6 +22,7 @@ from mmx.topologies import Joint
 from mmx.zoo import bert
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
 
 
@@ -95,9 +96,9 @@ def _forward(run: Runner, c: VideoBertConfig, inputs: Mapping[str, Any]) -> dict
     if words is not None and any(named[stream] in inputs for stream in batch):
         nothing = {stream: jnp.full(raw.mask.shape, -100) for stream, raw in batch.items()}
         labels = [inputs.get(named[stream], nothing[stream]) for stream in batch]
-        losses.append(bert.token_loss(words, jnp.concatenate(labels, 1)))
+        losses.append(token_loss(words, jnp.concatenate(labels, 1)))
     if together is not None and "alignment_labels" in inputs:
-        losses.append(bert.token_loss(together, inputs["alignment_labels"]))
+        losses.append(token_loss(together, inputs["alignment_labels"]))
     last = [tokens.values for tokens in r.out.streams.values()]
     return {
         "loss": sum(losses) if losses else None,

@@ -8,10 +8,11 @@ from mmx.heads import Classifier, Pooler
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import Layers, Pixels, activation
-from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.config import Classes, Layers, Pixels, activation
+from mmx.zoo.family import Family, Runner, channels_last, pair, told_by_pooler
+from mmx.zoo.loss import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import RENAMED, block, class_loss
+from mmx.zoo.vit import RENAMED, block
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
@@ -23,7 +24,7 @@ LAYER: Table = {  # of VideoMAE: biases stand apart, and keys have none
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoMAEConfig(Pixels):
+class VideoMAEConfig(Classes, Pixels):
     """The published fields of VideoMAE."""
 
     num_frames: int = 16
@@ -32,7 +33,6 @@ class VideoMAEConfig(Pixels):
     qkv_bias: bool = True
     qv_bias: bool = True  # the newer name of the same
     use_mean_pooling: bool = True
-    num_labels: int = 2
     decoder_num_attention_heads: int = 6  # these of the pretraining decoder, which is not here
     decoder_hidden_size: int = 384
     decoder_num_hidden_layers: int = 4
@@ -45,7 +45,7 @@ class VideoMAEConfig(Pixels):
 
 
 @dataclasses.dataclass(frozen=True)
-class VivitConfig(Layers):
+class VivitConfig(Classes, Layers):
     """The published fields of ViViT."""
 
     image_size: int | tuple = 224
@@ -57,8 +57,8 @@ class VivitConfig(Layers):
     qkv_bias: bool = True
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
-    num_labels: int = 2
     video_size: tuple | None = None  # said again in older files
+    add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
 def tubelet(c: Any) -> tuple[int, int, int]:
@@ -113,7 +113,7 @@ def _build_vivit(c: VivitConfig, heads: Sequence[str], dtype: str) -> Multimodal
         (PerStream(c.num_hidden_layers),),
         width=c.hidden_size,
         embed=0,
-        poolers={"video": Pooler("first") if classifies else pooler},
+        poolers={"video": Pooler("first") if classifies or not c.add_pooling_layer else pooler},
         outputs={"classification": Classifier(c.num_labels, "video", transform=False)} if classifies else {},
         dtype=dtype,
         **block(c),
@@ -144,11 +144,12 @@ def _forward(run: Runner, c: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = run({"video": channels_last(inputs["pixel_values"])})
     logits = r.out.logits.get("classification")
     return {
-        "loss": class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": class_loss(logits, inputs["labels"], c.problem_type) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": r.out.streams["video"].values,
-        "pooler_output": r.out.pooled["video"] if logits is None and isinstance(c, VivitConfig) else None,
+        "pooler_output": r.out.pooled["video"] if logits is None and getattr(c, "add_pooling_layer", False) else None,
         "hidden_states": tuple(r.states("stages_0", "video")),
+        "attentions": tuple(r.attentions("stages_0", "video")),
     }
 
 
@@ -183,7 +184,7 @@ FAMILIES = (
         prefix="videomae",
         video=True,
         older={r"\.q_bias$": ".query.bias", r"\.v_bias$": ".value.bias"},
-        known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$"),
+        known=(r"position_embeddings$", r"^decoder\.", r"^encoder_to_decoder\.", r"^mask_token$", r"^fc_norm\."),
     ),
     Family(
         "vivit",
@@ -198,6 +199,7 @@ FAMILIES = (
         heads={"classification": "classifier"},
         prefix="vivit",
         video=True,
+        infer=told_by_pooler,
         older=RENAMED,
     ),
 )

@@ -5,17 +5,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from mmx.heads import Classifier, Pooler, TokenClassifier
 from mmx.layers import BlockConfig
-from mmx.losses import masked_mean
+from mmx.losses import kl_divergence, masked_mean, regression_loss
 from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream, Stage
 from mmx.zoo import bert
 from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
+from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
 
 BOX = 5  # x1 y1 x2 y2, area
@@ -164,11 +163,6 @@ def read(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {"text": bert.read_text(inputs), "image": image}
 
 
-def divergence(scores: Any, target: Any) -> Any:
-    """KL(target || softmax) of each region: `(B, L, V), (B, L, V) -> (B, L)`."""
-    return (jax.scipy.special.xlogy(target, target) - target * jax.nn.log_softmax(scores)).sum(-1)
-
-
 def fields(r: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What all heads answer, and the losses that need no further thought."""
     heads: Any = r.out.logits
@@ -181,9 +175,9 @@ def fields(r: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         "seq_relationship_score": relation,
     }
     if words is not None and "masked_lm_labels" in inputs:
-        result["masked_lm_loss"] = bert.token_loss(words, inputs["masked_lm_labels"], -1)[None]
+        result["masked_lm_loss"] = token_loss(words, inputs["masked_lm_labels"], -1)[None]
     if relation is not None and "next_sentence_label" in inputs:
-        result["next_sentence_loss"] = bert.token_loss(relation, inputs["next_sentence_label"], -1)[None]
+        result["next_sentence_loss"] = token_loss(relation, inputs["next_sentence_label"], -1)[None]
     return result
 
 
@@ -194,7 +188,7 @@ def _forward(run: Runner, c: VilbertConfig, inputs: Mapping[str, Any]) -> dict[s
     if result["prediction_scores_v"] is not None and "image_target" in inputs:
         only(c, visual_target=(0, 1))  # 2 draws other regions by chance
         scores, target = result["prediction_scores_v"][:, 1:], inputs["image_target"]  # the whole image has no target
-        away = divergence(scores, target) if c.visual_target == 0 else ((scores - target) ** 2).mean(-1)
+        away = kl_divergence(scores, target) if c.visual_target == 0 else regression_loss(scores, target)
         result["masked_img_loss"] = masked_mean(away, inputs["image_label"] == 1)[None]
     if "output_all_encoded_layers" in inputs:
         count = 2 * (len(c.spans) - 1)

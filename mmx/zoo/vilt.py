@@ -17,6 +17,7 @@ from mmx.types import Masked
 from mmx.zoo import bert, vit
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Chosen, Family, Runner, channels_last
+from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
 
 
@@ -134,7 +135,7 @@ def _forward(run: Runner, c: ViltConfig, inputs: Mapping[str, Any]) -> dict[str,
     states = r.states("stages_0", "text", "image")
     mask = jnp.take_along_axis(here, order, 1)
     return {
-        "loss": bert.token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": token_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         "last_hidden_state": published(jnp.concatenate([text, image], 1)),
         "hidden_states": tuple(map(published, states)),

@@ -13,6 +13,7 @@ from mmx.topologies import Joint
 from mmx.zoo import bert
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
+from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
 
 
@@ -75,9 +76,9 @@ def _forward(run: Runner, c: VisualBertConfig, inputs: Mapping[str, Any]) -> dic
     words, relation = heads.get("masked-lm"), heads.get("matching")
     loss = None
     if words is not None and "labels" in inputs:
-        loss = bert.token_loss(words, inputs["labels"])
+        loss = token_loss(words, inputs["labels"])
         if relation is not None and "sentence_image_labels" in inputs:
-            loss = loss + bert.token_loss(relation, inputs["sentence_image_labels"])
+            loss = loss + token_loss(relation, inputs["sentence_image_labels"])
     entered = jnp.concatenate([r.intermediates["states"][name] for name in batch], 1)
     return {
         "loss": loss,

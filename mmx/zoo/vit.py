@@ -4,17 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from mmx.heads import Classifier, Pooler, TokenClassifier
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import timm
-from mmx.zoo.bert import token_loss
-from mmx.zoo.config import Pixels, activation
-from mmx.zoo.family import Family, Runner, channels_last, pair
+from mmx.zoo.config import Classes, Pixels, activation
+from mmx.zoo.family import Family, Runner, channels_last, pair, told_by_pooler
+from mmx.zoo.loss import class_loss
 from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
 LAYER: Table = {
@@ -38,7 +35,7 @@ RENAMED = {  # what files that keep the names of transformers 5 have in place of
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(Pixels):
+class ViTConfig(Classes, Pixels):
     """The published fields of ViT and DeiT."""
 
     layer_norm_eps: float = 1e-12
@@ -46,7 +43,6 @@ class ViTConfig(Pixels):
     encoder_stride: int = 16
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
-    num_labels: int = 2
     add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
@@ -129,19 +125,6 @@ def _table(published: str) -> Any:
     return table
 
 
-def _infer(c: ViTConfig, shapes: Mapping[str, Any]) -> ViTConfig:
-    """The bare class may have been made without its pooler, which only the weights tell."""
-    pooled = any(name.endswith(("pooler.dense.weight", "classifier.weight")) for name in shapes)
-    return c if pooled else dataclasses.replace(c, add_pooling_layer=False)
-
-
-def class_loss(logits: Any, labels: Any) -> Any:
-    """Cross-entropy of labels `(B,)`; with a single class, the squared distance to its number; `(B, classes)`: each by itself."""
-    if logits.shape[-1] == 1:
-        return jnp.square(logits[:, 0] - labels.reshape(-1)).mean()
-    return token_loss(logits, labels) if labels.ndim == 1 else (jax.nn.softplus(logits) - labels * logits).mean()
-
-
 def _forward(run: Runner, c: ViTConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = run({"image": channels_last(inputs["pixel_values"])})
     logits, taught, more = r.out.logits.get("classification"), r.out.logits.get("teacher"), {}
@@ -149,12 +132,13 @@ def _forward(run: Runner, c: ViTConfig, inputs: Mapping[str, Any]) -> dict[str, 
         more = {"cls_logits": taught["cls"][:, 0], "distillation_logits": taught["distillation"][:, 1]}
         logits = (more["cls_logits"] + more["distillation_logits"]) / 2
     return {
-        "loss": class_loss(logits, inputs["labels"]) if logits is not None and "labels" in inputs else None,
+        "loss": class_loss(logits, inputs["labels"], c.problem_type) if logits is not None and "labels" in inputs else None,
         "logits": logits,
         **more,
         "last_hidden_state": r.out.streams["image"].values,
         "pooler_output": r.out.pooled["image"] if logits is None and c.add_pooling_layer else None,
         "hidden_states": tuple(r.states("stages_0", "image")),
+        "attentions": tuple(r.attentions("stages_0", "image")),
     }
 
 
@@ -169,7 +153,8 @@ def _sized(layers: int, width: int, heads: int, patch: int, **more: Any) -> dict
     }
 
 
-_TINY, _SMALL = _sized(12, 192, 3, 16), _sized(12, 384, 6, 16)
+_IMAGENET = {"num_labels": 1000}
+_TINY, _SMALL = _sized(12, 192, 3, 16, **_IMAGENET), _sized(12, 384, 6, 16, **_IMAGENET)
 _NAMES = {"tiny": "16_224 16_384", "small": "8_224 16_224 16_384 32_224 32_384", "base": "8_224 16_224 16_384 32_224 32_384"}
 _NAMES |= {"large": "14_224 16_224 16_384 32_224 32_384", "huge": "14_224", "giant": "14_224", "gigantic": "14_224"}
 FAMILIES = (
@@ -180,26 +165,26 @@ FAMILIES = (
         _table("vit"),
         _forward,
         names={
-            "vit-base-patch16-224": {},
+            "vit-base-patch16-224": _IMAGENET,
             "vit-base-patch16-224-in21k": {},
-            "vit-base-patch16-384": {"image_size": 384},
+            "vit-base-patch16-384": {**_IMAGENET, "image_size": 384},
             "vit-base-patch32-224-in21k": {"patch_size": 32},
-            "vit-base-patch32-384": {"patch_size": 32, "image_size": 384},
-            "vit-large-patch16-224": _sized(24, 1024, 16, 16),
-            "vit-large-patch16-384": _sized(24, 1024, 16, 16, image_size=384),
-            "vit-large-patch32-384": _sized(24, 1024, 16, 32, image_size=384),
+            "vit-base-patch32-384": {**_IMAGENET, "patch_size": 32, "image_size": 384},
+            "vit-large-patch16-224": _sized(24, 1024, 16, 16, **_IMAGENET),
+            "vit-large-patch16-384": _sized(24, 1024, 16, 16, **_IMAGENET, image_size=384),
+            "vit-large-patch32-384": _sized(24, 1024, 16, 32, **_IMAGENET, image_size=384),
             "vit-huge-patch14-224-in21k": _sized(32, 1280, 16, 14),
             "deit-tiny-patch16-224": _TINY,
             "deit-small-patch16-224": _SMALL,
-            "deit-base-patch16-224": {},
-            "deit-base-patch16-384": {"image_size": 384},
+            "deit-base-patch16-224": _IMAGENET,
+            "deit-base-patch16-384": {**_IMAGENET, "image_size": 384},
             **timm.names(timm.vit_fields, "vit_{}", _NAMES),
             **timm.names(timm.vit_fields, "deit_{}", {"tiny": "16_224", "small": "16_224", "base": "16_224 16_384"}),
         },
         heads={"classification": "classifier"},
         prefix="vit",
         known=(r"mask_token$",),
-        infer=_infer,
+        infer=told_by_pooler,
         older=RENAMED,
         libraries=(timm.VIT,),
     ),
@@ -212,14 +197,14 @@ FAMILIES = (
         names={
             "deit-tiny-distilled-patch16-224": _TINY,
             "deit-small-distilled-patch16-224": _SMALL,
-            "deit-base-distilled-patch16-224": {},
-            "deit-base-distilled-patch16-384": {"image_size": 384},
+            "deit-base-distilled-patch16-224": _IMAGENET,
+            "deit-base-distilled-patch16-384": {**_IMAGENET, "image_size": 384},
             **timm.names(timm.vit_fields, "deit_{}_distilled", {"tiny": "16_224", "small": "16_224", "base": "16_224 16_384"}),
         },
         heads={"classification": "classifier", "teacher": "cls_classifier"},
         prefix="deit",
         known=(r"mask_token$", r"^distillation_classifier\."),
-        infer=_infer,
+        infer=told_by_pooler,
         older=RENAMED,
         libraries=(timm.DEIT,),
     ),
