@@ -113,12 +113,12 @@ TRAPS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], str]]] = {
     },
     "ViltModel": {
         "types are added behind the norm": ({"model/modalities/text/type_outside": False}, "text_last_hidden_state"),
-        "positions are resampled from corner to corner": ({"model/modalities/image/corners": False}, "pooler_output"),
+        "positions are resampled from corner to corner": ({"model/modalities/image/sampling": "linear"}, "pooler_output"),
     },
     "LayoutLMv3Model": {
         "patches behind words": ({"model/modalities": turned}, LAST),
         "relative positions are scaled as scores are": (
-            {"params/stages_1/fused/relative_axes/bias_0": lambda table: table * 8**0.5},
+            {"params/stages_1/fused/relative/bias_0": lambda table: table * 8**0.5},
             LAST,
         ),
         "the page's norm has an eps of its own": ({"model/modalities/image/norm": 1e-3}, LAST),
