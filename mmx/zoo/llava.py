@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 
 from mmx.errors import InputError
 from mmx.heads import Pooler
@@ -69,7 +68,7 @@ def check_images(inputs: Mapping[str, Any], token: int, patch: int, special: int
     """Raises an InputError where texts do not keep a place for each token of the images, which are those of `place_images`."""
     if "pixel_values" not in inputs or "input_ids" not in inputs:
         return
-    images, kept = inputs["pixel_values"], int((np.asarray(inputs["input_ids"]) == token).sum())
+    images, kept = inputs["pixel_values"], int(((inputs["input_ids"] == token) & (inputs.get("written", 0) == 0)).sum())
     size = special + (images.shape[-2] // patch) * (images.shape[-1] // patch)
     if kept != len(images) * size:
         raise InputError(
