@@ -1,5 +1,6 @@
 """Waveforms to what published models were trained with. The fields are those of a folder's preprocessor_config.json."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from mmx.zoo.config import only
 
 
 @dataclasses.dataclass(frozen=True)
-class SoundSteps:
+class SoundSteps(abc.ABC):
     """What all share: waveforms `(S,)` of floating point, `sampling_rate` samples a second, on one channel.
 
     Args:
@@ -40,9 +41,9 @@ class SoundSteps:
                 raise InputError(f"audio: expected waveforms (S,) of floating point from -1 to 1, got {wave.dtype} {wave.shape}")
         return self.many([wave.astype(np.float32) for wave in waves])
 
+    @abc.abstractmethod
     def many(self, waves: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs of waveforms that were checked."""
-        raise NotImplementedError
 
     def pad(self, waves: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Waveforms cut or padded to `length`, and what of it is there: `(B, length)` both."""
