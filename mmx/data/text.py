@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -13,6 +14,19 @@ from mmx.errors import InputError
 from mmx.types import Masked
 
 PAD, UNKNOWN, BEGIN, END, MASK = SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
+
+
+class Text(NamedTuple):
+    """A text as a model reads it; every array is `(length,)`."""
+
+    ids: np.ndarray
+    """int32, [BOS] text [EOS] and padding."""
+    mask: np.ndarray
+    """Which of them are no padding."""
+    group: np.ndarray
+    """0 for the prompt of a text in several parts, -1 for all else: a group's tokens see each other both ways (`Embedder`)."""
+    words: np.ndarray
+    """The number of the word that a token belongs to, from 0; -1 for special tokens and padding."""
 
 
 class Tokenizer:
@@ -36,12 +50,43 @@ class Tokenizer:
         Raises:
             ValueError: the text is empty.
         """
-        if not text.strip():
+        return self.read(text, length)[:2]
+
+    def read(self, text: str | Sequence[str], length: int) -> Text:
+        """A text, or the parts of one: the last is what is told, those before it are its prompt.
+
+            [BOS] question answer [EOS]      the group is 0 up to the end of the question, as in a prefix language model
+                                             (SimVLM, arXiv 2108.10904): it is read both ways, the answer forwards only
+
+        A text in one piece is cut at its end; the prompt is cut at its front, and the last part is never cut.
+
+        Raises:
+            ValueError: the text, or its last part, is empty; or the last part does not fit.
+        """
+        parts = [text] if isinstance(text, str) else list(text)
+        if not parts or not parts[-1].strip():
             raise InputError(f"the text is empty: {text!r}")
-        ids = [self.begin, *self._tokenizer.encode(text).ids[: length - 2], self.end]
-        padded = np.full(length, self.pad, np.int32)
-        padded[: len(ids)] = ids
-        return padded, np.arange(length) < len(ids)
+        ids, words = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        prompt, room = 0, length - 2
+        for part in parts:
+            encoded, prompt = self._tokenizer.encode(part, add_special_tokens=False), len(ids)
+            numbers = np.asarray([-1 if word is None else word for word in encoded.word_ids], np.int32)
+            words = np.concatenate([words, np.where(numbers < 0, -1, numbers + words.max(initial=-1) + 1)])
+            ids = np.concatenate([ids, np.asarray(encoded.ids, np.int32)])
+        if isinstance(text, str):
+            ids, words = ids[:room], words[:room]
+        elif len(ids) - prompt > room:
+            raise InputError(f"the last part has {len(ids) - prompt} tokens, but there are places for {room}: {parts[-1]!r}")
+        else:
+            cut = max(len(ids) - room, 0)
+            ids, words, prompt = ids[cut:], words[cut:], prompt - cut
+        words = np.where(words < 0, -1, words - words[words >= 0].min(initial=length))
+        end, front = 1 + len(ids), 1 + prompt if prompt else 0
+        told = Text(np.full(length, self.pad), np.arange(length) <= end, np.full(length, -1), np.full(length, -1))
+        told.ids[: end + 1] = [self.begin, *ids, self.end]
+        told.group[:front] = 0
+        told.words[1:end] = words
+        return told._replace(ids=told.ids.astype(np.int32), group=told.group.astype(np.int32), words=told.words.astype(np.int32))
 
     def __call__(self, texts: Sequence[str], length: int) -> Masked:
         """Several texts: ids and mask `(B, length)`."""
