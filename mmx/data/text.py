@@ -66,27 +66,25 @@ class Tokenizer:
         parts = [text] if isinstance(text, str) else list(text)
         if not parts or not parts[-1].strip():
             raise InputError(f"the text is empty: {text!r}")
-        ids, words = np.zeros(0, np.int32), np.zeros(0, np.int32)
-        prompt, room = 0, length - 2
+        ids: list[int] = []
+        words: list[int] = []
+        prompt, room, count = 0, length - 2, 0
         for part in parts:
             encoded, prompt = self._tokenizer.encode(part, add_special_tokens=False), len(ids)
-            numbers = np.asarray([-1 if word is None else word for word in encoded.word_ids], np.int32)
-            words = np.concatenate([words, np.where(numbers < 0, -1, numbers + words.max(initial=-1) + 1)])
-            ids = np.concatenate([ids, np.asarray(encoded.ids, np.int32)])
-        if isinstance(text, str):
-            ids, words = ids[:room], words[:room]
-        elif len(ids) - prompt > room:
+            ids += encoded.ids
+            words += [-1 if word is None else word + count for word in encoded.word_ids]
+            count = max(words, default=-1) + 1
+        if not isinstance(text, str) and len(ids) - prompt > room:
             raise InputError(f"the last part has {len(ids) - prompt} tokens, but there are places for {room}: {parts[-1]!r}")
-        else:
-            cut = max(len(ids) - room, 0)
-            ids, words, prompt = ids[cut:], words[cut:], prompt - cut
-        words = np.where(words < 0, -1, words - words[words >= 0].min(initial=length))
+        cut = 0 if isinstance(text, str) else max(len(ids) - room, 0)
+        ids, words, prompt = ids[cut:][:room], words[cut:][:room], prompt - cut
+        first = min((word for word in words if word >= 0), default=0)
         end, front = 1 + len(ids), 1 + prompt if prompt else 0
-        told = Text(np.full(length, self.pad), np.arange(length) <= end, np.full(length, -1), np.full(length, -1))
+        told = Text(np.full(length, self.pad, np.int32), np.arange(length) <= end, *np.full((2, length), -1, np.int32))
         told.ids[: end + 1] = [self.begin, *ids, self.end]
         told.group[:front] = 0
-        told.words[1:end] = words
-        return told._replace(ids=told.ids.astype(np.int32), group=told.group.astype(np.int32), words=told.words.astype(np.int32))
+        told.words[1:end] = words if first == 0 else [max(word - first, -1) for word in words]
+        return told
 
     def __call__(self, texts: Sequence[str], length: int) -> Masked:
         """Several texts: ids and mask `(B, length)`."""
