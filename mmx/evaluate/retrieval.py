@@ -14,6 +14,7 @@ from mmx.data.pipeline import put_batch
 from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate.contact_sheet import contact_sheet
 from mmx.evaluate.report import Evaluation, Report
+from mmx.modalities.masking import unmask
 from mmx.model import MultimodalTransformer
 from mmx.parallel import batch_sharding
 from mmx.types import Batch, Params
@@ -65,7 +66,7 @@ class Retrieval:
     def _can_be_drawn(self, evaluation: Evaluation) -> bool:
         if evaluation.data.tokenizer is None or self.modalities != ("image", "text"):
             return False
-        image = evaluation.data.examples(self.split)[0]["image"]
+        image, _ = unmask(evaluation.data.examples(self.split)[0]["image"])
         return image.dtype == np.uint8 and image.shape[-1:] == (3,)
 
     def _contact_sheet(self, evaluation: Evaluation, similarity: np.ndarray) -> np.ndarray:
@@ -73,14 +74,16 @@ class Retrieval:
         tokenizer = evaluation.data.tokenizer
         assert tokenizer is not None
         rows = [examples[i] for i in range(len(examples))]
-        return contact_sheet([row["image"] for row in rows], [tokenizer.decode(row["text"].array) for row in rows], similarity)
+        images = [unmask(row["image"])[0] for row in rows]
+        return contact_sheet(images, [tokenizer.decode(row["text"].array) for row in rows], similarity)
 
 
 def check_names(modalities: Iterable[str], data: Pipeline) -> None:
     """Raises an InputError for a modality that the data does not have."""
+    known = [entry for entry in data.config.fields if "/" not in entry]  # further entries are no modalities of their own
     for name in modalities:
-        if name not in data.config.fields:
-            raise InputError(unknown("modality", name, data.config.fields))
+        if name not in known:
+            raise InputError(unknown("modality", name, known))
 
 
 def retrieval_metrics(similarity: np.ndarray, name: str) -> dict[str, float]:
