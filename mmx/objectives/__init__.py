@@ -43,7 +43,8 @@ def needed_heads(objectives: Mapping[str, Objective], modalities: Mapping[str, n
         with naming(f"objectives.{name}"):
             for title, head in objective.heads(modalities).items():
                 if heads.setdefault(title, head) != head:
-                    raise InputError(f"head {title!r} is wanted in two forms, {heads[title]} and {head}; give one its own `head`")
+                    kinds = " and ".join(type(h).__name__ for h in (heads[title], head))
+                    raise InputError(f"head {title!r} is wanted in two forms ({kinds}), with other fields; train one of them")
     return heads
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from mmx.errors import InputError
 from mmx.heads import Classifier
 from mmx.losses import binary_cross_entropy
+from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
-from mmx.objectives.objective import Objective, check_entries, check_head, classified, modality_of, reading
+from mmx.objectives.objective import Objective, check_entries, check_head, classified, reading
 from mmx.objectives.views import View
 from mmx.types import Batch, Metrics, Outputs
 

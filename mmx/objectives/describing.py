@@ -14,10 +14,10 @@ from mmx.layers.products import product
 from mmx.losses import chunked_cross_entropy, cross_entropy
 from mmx.modalities import Ids
 from mmx.modalities.embedder import GROUP
-from mmx.modalities.masking import token_mask, unmask
+from mmx.modalities.masking import modality_of, token_mask, unmask
 from mmx.model import MultimodalTransformer
 from mmx.objectives.masking import Mask
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, modality_of, total
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, total
 from mmx.objectives.views import View
 from mmx.types import Batch, Masked, Metrics, Outputs
 

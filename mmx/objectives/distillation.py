@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.losses import cosine_distance, distillation_loss, masked_mean
+from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, modality_of, reading
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading
 from mmx.objectives.views import View, run_views
 from mmx.types import Batch, Metrics, Outputs
 

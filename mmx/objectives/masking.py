@@ -15,11 +15,11 @@ from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier, stream_of
 from mmx.losses import info_nce, kl_divergence, regression_loss
 from mmx.modalities import Features, Ids
 from mmx.modalities.embedder import HIDDEN, KEPT
-from mmx.modalities.masking import unmask
+from mmx.modalities.masking import WORDS, modality_of, unmask
 from mmx.model import MultimodalTransformer
 from mmx.objectives import masks as units
 from mmx.objectives.masks import Unit
-from mmx.objectives.objective import Context, Objective, check_entries, classified, modality_of, reading, total
+from mmx.objectives.objective import Context, Objective, check_entries, classified, reading, total
 from mmx.objectives.views import View
 from mmx.topologies import FUSED, Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
@@ -60,7 +60,7 @@ class Mask:
     temperature: float = 0.1
     """Of `contrast`."""
     head: str = ""
-    """A head that the model has already; empty: one of its own, masked_NAME."""
+    """A head that the model has already; empty: one of its own, masked_NAME or, with drop, left_NAME."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1 or (self.drop and self.rate == 1):
@@ -78,7 +78,7 @@ class Mask:
     def head_of(self, name: str) -> str:
         """The head that answers."""
         kind = "" if self.answer in ("content", "normalised", "huber") else f"_{self.answer}"
-        return self.head or f"masked_{modality_of(name)}{kind}"
+        return self.head or f"{'left' if self.drop else 'masked'}_{modality_of(name)}{kind}"
 
     def entry(self, name: str) -> str:
         """The entry of the batch that holds what is left; equal masks of several objectives are one."""
@@ -150,9 +150,9 @@ class Mask:
         self, key: jax.Array, there: jax.Array, name: str, batch: Batch, fields: Mapping[str, Any], embedder: Any
     ) -> jax.Array:
         if self.unit == "word":
-            if f"{name}/words" not in batch:
-                raise InputError(f"{name}: unit='word' needs the entry {name}/words, each token's word; set data.words")
-            words = batch[f"{name}/words"]
+            if f"{name}/{WORDS}" not in batch:
+                raise InputError(f"{name}: unit='word' needs the entry {name}/{WORDS}, each token's word; set data.words")
+            words = batch[f"{name}/{WORDS}"]
             return units.groups(key, there & (words >= 0), jnp.maximum(words, 0), self.rate)
         if self.unit == "region":
             return units.regions(key, there, fields["box"], self.rate)

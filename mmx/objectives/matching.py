@@ -22,9 +22,10 @@ from mmx.losses import (
     similarity,
     transport_distance,
 )
+from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.masking import present
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, modality_of, reading
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading
 from mmx.objectives.views import View
 from mmx.types import Batch, Metrics, Outputs
 
@@ -66,7 +67,10 @@ class Contrastive(Objective):
             raise InputError(f"modalities={self.modalities}: there is nothing to compare; name two or more")
         if model.embed is None or model.logit_scale is None:
             raise InputError("the model has no shared space; build it with embed > 0")
-        if (self.kind == "sigmoid") != (model.logit_bias is not None):
+        self._check_bias(model.logit_bias)
+
+    def _check_bias(self, bias: Any) -> None:
+        if (self.kind == "sigmoid") != (bias is not None):
             raise InputError(f"kind={self.kind!r}; set model.logit_bias to -10 for sigmoid, and to None for softmax")
 
     def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
@@ -84,6 +88,7 @@ class Contrastive(Objective):
         scale = outputs[0].logit_scale
         if scale is None:
             raise InputError("contrastive: the model has no shared space; build it with embed > 0")
+        self._check_bias(outputs[0].logit_bias)
         embeddings, there = {}, {}
         for name, output in zip(map(modality_of, self.modalities), outputs, strict=True):
             embeddings[name] = output.embeddings[name]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError, unknown
 from mmx.losses import cross_entropy
+from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.views import View, run_views
 from mmx.types import Batch, Metrics, Outputs, Params
@@ -65,7 +66,7 @@ class Objective(abc.ABC):
     the modality `text`.
     """
 
-    weight: float = 1.0
+    weight: float = dataclasses.field(default=1.0, kw_only=True)
     """Share in the total loss; 0 leaves it out."""
 
     def check(self, model: MultimodalTransformer) -> None:
@@ -99,11 +100,6 @@ class Objective(abc.ABC):
     def remember(self, memory: Any, batch: Batch) -> Any:
         """What it remembers after a step with this batch, as `corrupt` left it."""
         return memory
-
-
-def modality_of(entry: str) -> str:
-    """The modality that reads an entry of the batch: `text` of `text/question`."""
-    return entry.split("/")[0]
 
 
 def reading(*entries: str, causal: Sequence[str] = ()) -> View:

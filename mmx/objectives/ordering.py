@@ -13,10 +13,11 @@ from mmx.errors import InputError, at_least
 from mmx.heads import TokenClassifier
 from mmx.layers.positions import grid_coordinates
 from mmx.modalities.embedder import COORDINATES, KEPT, PLACE
+from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.masking import EPS, of_tokens
 from mmx.objectives.masks import lowest, wanted
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, modality_of, reading, total
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
 from mmx.objectives.views import View
 from mmx.topologies import Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
@@ -52,7 +53,8 @@ class Ordering(Objective):
 
     @property
     def _head(self) -> str:
-        return self.head or f"order_{modality_of(self.modality)}"
+        units = "_sentences" if self.sentences else f"_{self.size}" if self.size > 1 else ""
+        return self.head or f"order_{modality_of(self.modality)}{units}"
 
     @property
     def _entry(self) -> str:
@@ -135,7 +137,7 @@ def _shuffle(key: jax.Array, there: jax.Array, of: jax.Array, units: int, rate: 
     """
     draw_key, key = jax.random.split(key)
     exists = jax.vmap(lambda of, there: jnp.zeros(units, bool).at[of].max(there))(of, there)  # (B, U)
-    count = jnp.minimum(jnp.maximum(wanted(exists, rate), 2), exists.sum(1))
+    count = jnp.where(exists.sum(1) < 2, 0, jnp.maximum(wanted(exists, rate), 2))  # one alone has no other place
     chosen = lowest(jax.random.uniform(draw_key, exists.shape), exists, count)
     unit_at = _in_a_circle(chosen, jax.random.uniform(key, exists.shape))
     place_of = jnp.argsort(unit_at, 1)
