@@ -101,7 +101,9 @@ def test_a_token_costs_what_one_token_costs():
     assert work(128, True) < 1.02 * work(128, False) / 128
 
 
-@pytest.mark.parametrize("topology", ["multi_to_one", "cross_to_concatenation", STAGES["decoder"]], ids=str)
+@pytest.mark.parametrize(
+    "topology", ["multi_to_one", "cross_to_concatenation", STAGES["decoder"]], ids=["joint", "cross", "decoder"]
+)
 def test_a_loop_costs_one_reading_and_its_steps(topology):
     """What is given goes through the model once, and a step grows with the text only by the keys that attention sees."""
 
@@ -151,9 +153,8 @@ def test_a_loop_is_traced_once_whatever_its_length_and_whoever_listens():
         mmx.generate(model, params, given, length=length, begin=1, decoding=mmx.Decoding(allowed=allowed), **more)
         return len(traces) - before
 
-    first = count(3)
-    assert first and count(LENGTH) == first and count(LENGTH) == 0
-    assert count(LENGTH, stream=lambda ids: None) == first and count(LENGTH, stream=lambda ids: None) == 0
+    first = count(3, stream=lambda ids: None)
+    assert first and count(LENGTH, stream=lambda ids: None) == first and count(LENGTH, stream=lambda ids: None) == 0
 
 
 def draw(topology, codes=13):
@@ -173,25 +174,26 @@ def led(model, params, text, codes, guidance):
         jax.nn.log_softmax(model.apply({"params": params}, batch, ("codes",)).logits["codes"])
         for batch in ({"text": text, "codes": codes}, {"codes": codes})
     ]
-    return np.asarray(passes[1] + guidance * (passes[0] - passes[1]))
+    return passes[1] + guidance * (passes[0] - passes[1])
 
 
-@pytest.mark.parametrize("topology", ["multi_to_one", "cross_to_concatenation", "early_summation"])
+@pytest.mark.parametrize("topology", ["multi_to_one", "early_summation"])
 def test_guidance_leads_away_from_codes_about_nothing(rng, topology):
     """Step by step as two whole passes say, the second one without the text; with keys and values kept, and where none can be."""
     model, params, write = draw(topology)
     text = mmx.Masked(rng.integers(0, 9, (6, 4)), np.arange(4) < rng.integers(1, 5, (6, 1)))
-    found = write(given={"text": text}, begin=0, decoding=mmx.Decoding(guidance=3.0))
-    scores = jax.jit(functools.partial(led, model), static_argnums=3)
-    expected = np.zeros((6, 5), int)
-    for place in range(1, 5):
-        expected[:, place] = scores(params, text, expected, 3.0)[:, place - 1].argmax(-1)
-    np.testing.assert_array_equal(found, expected)
-    plain = np.asarray(write(given={"text": text}, begin=0))
-    assert (plain != found).any()
+    scores = jax.jit(functools.partial(led, model))
+
+    def by_hand(guidance):
+        codes = np.zeros((6, 5), int)
+        for place in range(1, 5):
+            codes[:, place] = scores(params, text, codes, guidance)[:, place - 1].argmax(-1)
+        return codes
+
+    assert (by_hand(3.0) != by_hand(1.0)).any()
+    np.testing.assert_array_equal(write(given={"text": text}, begin=0, decoding=mmx.Decoding(guidance=3.0)), by_hand(3.0))
     nothing = mmx.Masked(np.zeros((6, 1), int), np.ones((6, 1), bool))
-    alone = write(given={"text": text}, begin=0, decoding=mmx.Decoding(guidance=0.0))
-    np.testing.assert_array_equal(alone, write(given={}, prompt=nothing))
+    np.testing.assert_array_equal(write(given={}, prompt=nothing), by_hand(0.0))
 
 
 def test_a_search_follows_guided_codes(rng):
@@ -201,7 +203,7 @@ def test_a_search_follows_guided_codes(rng):
     decoding = mmx.Decoding(guidance=2.5, beams=16, length_penalty=0.0)
     found = write(given={"text": text}, prompt=mmx.Masked(np.full((2, 2), 1), np.ones((2, 2), bool)), decoding=decoding)
     every = np.asarray([(1, 1, *codes) for codes in itertools.product(range(4), repeat=3)])
-    scores = jax.jit(functools.partial(led, model), static_argnums=3)
+    scores = jax.jit(functools.partial(led, model))
     for row in range(2):
         each = jax.nn.log_softmax(scores(params, np.repeat(text[row : row + 1], len(every), 0), every, 2.5))[:, 1:4]
         best = np.take_along_axis(np.asarray(each), every[:, 2:, None], 2).sum((1, 2)).argmax()
@@ -225,12 +227,12 @@ def test_a_listener_is_told_every_step(rng):
     given = {"image": rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
     write = functools.partial(mmx.generate, model, params, given, length=LENGTH)
     plain = np.asarray(write(begin=1))
-    decoding = mmx.Decoding(end=(int(plain[0, 2]),), pad=10)
     told: list[np.ndarray] = []
-    found = np.asarray(write(begin=1, decoding=decoding, stream=told.append))
+    found = np.asarray(write(begin=1, decoding=mmx.Decoding(end=(int(plain[0, 2]),), pad=10), stream=told.append))
     np.testing.assert_array_equal(np.stack(told, 1), found[:, 1:])
-    np.testing.assert_array_equal(found, write(begin=1, decoding=decoding))
-    assert (found[0, 3:] == 10).all() and len(told) == LENGTH - 1
+    ended = np.cumsum(plain[:, 1:] == plain[0, 2], 1) - (plain[:, 1:] == plain[0, 2]) > 0
+    np.testing.assert_array_equal(found[:, 1:], np.where(ended, 10, plain[:, 1:]))
+    assert ended[0, 2:].all()
     told.clear()
     sizes = np.asarray([1, 4, 2])
     prompt = mmx.Masked(rng.integers(0, 9, (3, 4)), np.arange(4) < sizes[:, None])
