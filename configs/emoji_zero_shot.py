@@ -21,7 +21,7 @@ GROUPS = {  # as names of emoji speak of them
     "flags": "flag",
     "food-drink": "food",
     "objects": "tool",
-    "people-body": "person",
+    "people-body": "person: medium skin tone",
     "smileys-emotion": "face",
     "symbols": "button",
     "travel-places": "building",
@@ -35,7 +35,7 @@ def config() -> mmx.Experiment:
         classes={str(number): f"{tone} skin tone" for number, tone in enumerate(TONES, 1)},
         templates=("person: {}", "man: {}", "woman: {}", "hand: {}"),
     )
-    groups = ZeroShot(label="group", classes=GROUPS, templates=("{}", "{}: medium skin tone"))
+    groups = ZeroShot(label="group", classes=GROUPS, templates=("{}", "a {}", "the {}"))
     return mmx.Experiment(
         stages=(PerStream({"image": 3, "text": 2}),),
         steps=600,

@@ -138,10 +138,12 @@ def test_zero_shot_report(tiny):
     classes = mmx.build_zero_shot_classifier(
         at.model.bind({"params": at.params}), at.data.tokenizer, [*tones.values()], ask.templates
     )
-    assert report.metrics == {"top1": pytest.approx(((images @ classes).argmax(1) == answers).mean())}
+    right = (images @ classes).argmax(1) == answers
+    each = [right[answers == answer].mean() for answer in range(3)]
+    assert report.metrics == {"top1": pytest.approx(right.mean()), "mean_per_class": pytest.approx(np.mean(each))}
     often = np.bincount(answers).max() / len(rows)
     assert f"{len(rows)} of {split}, 3 classes" in report.text
-    assert [line.split()[-1] for line in report.text.splitlines()[2:]] == ["0.333", f"{often:.3f}"]
+    assert [line.split()[-2:] for line in report.text.splitlines()[2:]] == [["0.333", "0.333"], [f"{often:.3f}", "0.333"]]
     assert ask(evaluation(tiny, devices=8)).metrics == report.metrics
     assert not ask(evaluation(tiny, final=False)).text
 
@@ -151,10 +153,10 @@ def test_zero_shot_finds_its_classes_in_the_training_split(tiny):
     at = evaluation(tiny)
     report = ZeroShot(split="train[64:128]", query="text", label="group")(at)
     groups = {at.data.source("train[:64]")[i]["group"] for i in range(64)}
-    assert f"{len(groups)} classes" in report.text and set(report.metrics) == {"top1", "top5"}
+    assert f"{len(groups)} classes" in report.text and set(report.metrics) == {"top1", "top5", "mean_per_class"}
     assert report.metrics["top1"] < report.metrics["top5"] < 1
     names = ZeroShot(split="train[:64]", query="text", label="name")(at)  # each text is its own class
-    assert names.metrics == {"top1": 1.0, "top5": 1.0}
+    assert names.metrics["top1"] > 0.9 and names.metrics["top5"] == 1  # but for those that 12 tokens do not tell apart
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_a_zero_shot_without_examples_says_so(tiny):
 
 def test_zero_shot_is_kept_with_the_run(tiny):
     ask = ZeroShot(label="tones", classes={"1": "light"}, templates=("{}", "man: {}"))
-    again = from_json(json.loads(json.dumps(to_json(dataclasses.replace(tiny, evaluators={"tones": ask})))))
+    again = from_json(json.loads(json.dumps(to_json(dataclasses.replace(tiny, evaluators={**tiny.evaluators, "tones": ask})))))
     assert again.evaluators["tones"] == ask
 
 

@@ -19,7 +19,8 @@ from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer
 
 Template: TypeAlias = str | Callable[[str], str]
-PLACES = (1, 5)
+EACH = "mean_per_class"
+PLACES = {"top1": 1, "top5": 5, EACH: 1}  # by metric, how many answers a query has
 SAME = ("{}",)  # the name of a class alone
 
 
@@ -136,7 +137,10 @@ def _of_pretrained(model: Any, tokenizer: Any, text: str) -> Callable[[list[str]
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """Each example of a split belongs to the class whose texts are nearest: the share that is right, beside chance."""
+    """Each example of a split belongs to the class whose texts are nearest: the share that is right, beside chance.
+
+    Over all examples, and as the mean of the classes' shares, which knows no common ones (CLIP's "mean per class").
+    """
 
     every: int = 0
     """Steps between two evaluations; 0: only at the end."""
@@ -187,19 +191,19 @@ class ZeroShot:
         embed = functools.partial(self._embed, evaluation)
         vectors = class_vectors(embed, tuple(classes.values()), self.templates, evaluation.batch_size)
         places = ranks(queries @ vectors.T, answers)
-        shown = [k for k in PLACES if k < len(classes)] or [1]
-        metrics = {f"top{k}": float((places <= k).mean()) for k in shown}
+        metrics = _metrics(places, answers, len(classes))
         if not evaluation.final:
             return Report(metrics)
-        often = np.sort(np.bincount(answers, minlength=len(classes)))[::-1] / len(answers)
+        commonest = np.argsort(-np.bincount(answers, minlength=len(classes)), kind="stable")
+        always = commonest.argsort()[answers] + 1
         rows = {
-            f"{self.query} by {self.label}": list(metrics.values()),
-            "chance": [min(k / len(classes), 1.0) for k in shown],
-            "always the commonest": [float(often[:k].sum()) for k in shown],
+            f"{self.query} by {self.label}": metrics,
+            "chance": {name: PLACES[name] / len(classes) for name in metrics},
+            "always the commonest": _metrics(always, answers, len(classes)),
         }
         title = f"{len(answers)} of {self.split}, {len(classes)} classes"
-        lines = [f"{title:<36}" + "".join(f"{f'top {k}':>10}" for k in shown)]
-        lines += [f"{name:<36}" + "".join(f"{value:>10.3f}" for value in values) for name, values in rows.items()]
+        lines = [f"{title:<36}" + "".join(f"{name.replace('_', ' '):>16}" for name in metrics)]
+        lines += [f"{name:<36}" + "".join(f"{value:>16.3f}" for value in row.values()) for name, row in rows.items()]
         return Report(metrics, "\n".join(lines))
 
     def _embed(self, evaluation: Evaluation, texts: list[str]) -> np.ndarray:
@@ -208,6 +212,13 @@ class ZeroShot:
         embedder: Any = evaluation.model.modalities[self.text]
         raw = {self.text: tokens(evaluation.data.tokenizer, filled, embedder)}
         return embed_batch(evaluation, raw)[self.text][: len(texts)]
+
+
+def _metrics(places: np.ndarray, answers: np.ndarray, classes: int) -> dict[str, float]:
+    """The share of the examples whose class is among the first places, and of the first alone the mean over classes."""
+    right = {name: float((places <= k).mean()) for name, k in PLACES.items() if k < max(classes, 2)}
+    each = [(places[answers == answer] <= PLACES[EACH]).mean() for answer in np.unique(answers)]
+    return right | {EACH: float(np.mean(each))}
 
 
 def _labels(data: Pipeline, split: str, field: str) -> list[Any]:
