@@ -260,9 +260,9 @@ def test_a_wrong_label_is_no_number_and_no_label_is_no_question(tiny, labelled):
     ids = np.where((np.arange(12) == 2) & (np.arange(8) == 1)[:, None], 300, labelled["text"].array)
     for name in ("language", "words"):
         alone = {name: MaskedModelling(masks={"text": Mask(1.0)}) if name == "words" else ALL[name]}
-        model, params = make(tiny, alone)
+        other, others = make(tiny, alone)
         unknown = {**labelled, "text": Masked(ids, labelled["text"].mask)}
-        assert jnp.isnan(program(alone, model, gradient=False)(params, unknown)[0][0]), name
+        assert jnp.isnan(program(alone, other, gradient=False)(others, unknown)[0][0]), name
     with pytest.raises(InputError, match="expected a class of each example"):
         compiled(params, {**labelled, "label/group": labelled["label/size"]})
     with pytest.raises(InputError, match="name its field in data.labels"):

@@ -1,7 +1,7 @@
 """UniVL (arXiv 2002.06353): two encoders, a stack over both, and a decoder that writes the text again; five tasks.
 
-Patches stand for clips: which of its own a hidden one was, words, alignment, a shared space; and a text that was hidden in part is
-written whole by a modality of its own, which borrows the embedding of the text.
+Patches stand for clips: which of its own a hidden one was, words, alignment, a shared space; and a text that was hidden in part
+is written whole by a modality of its own, which borrows the embedding of the text.
 
 python train.py configs/recipes/univl.py
 """

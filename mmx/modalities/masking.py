@@ -77,6 +77,12 @@ def _present(raw: Any) -> jax.Array:
     return mask.reshape(mask.shape[0], -1).any(1)
 
 
+def absent(raw: Any) -> Masked:
+    """A raw value as one that no example has."""
+    array, _ = unmask(raw)
+    return Masked(array, jnp.zeros(jax.tree.leaves(array)[0].shape[0], bool))
+
+
 def hide(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Zeros where the mask is False: `(B, L, ...)`. Even a NaN in an absent modality goes no further."""
     return values if mask is None else jnp.where(mask[..., None], values, 0)
