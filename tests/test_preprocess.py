@@ -20,8 +20,10 @@ from mmx.errors import InputError
 from mmx.modalities import Ids
 from mmx.zoo import FAMILIES, build, open_clip, preprocess, timm
 from mmx.zoo.preprocess import ImageSteps, read_images, read_sounds
+from mmx.zoo.sentencepiece import sentence_pieces
 from mmx.zoo.sounds import FilterBankSteps, LogMelSteps
-from mmx.zoo.tokenizer import Texts, read_texts, sentence_pieces
+from mmx.zoo.texts import Texts
+from mmx.zoo.tokenizer import read_texts
 
 HERE = Path(__file__).parent / "preprocessing"
 TEXTS = ["A man is eating food.", "The Transformer reads images, words and sounds.", "Ünïcode — naïve café 東京!"]

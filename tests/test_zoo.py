@@ -18,15 +18,17 @@ import safetensors.numpy
 
 import mmx
 from mmx.errors import InputError
+from mmx.model import abstract_params
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, Pretrained, build, configuration
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Chosen
+from mmx.zoo.folders import _names
 from mmx.zoo.loss import class_loss
 from mmx.zoo.pages import counts_of
-from mmx.zoo.pretrained import _names
-from mmx.zoo.weights import INDEX, flat, resolve, write
+from mmx.zoo.tensors import INDEX, write
+from mmx.zoo.weights import flat, resolve
 
 COUNTS = counts_of((Path(__file__).parent.parent / "docs" / "models.md").read_text())
 PUBLISHED = sorted(path for path in (Path(__file__).parent / "published").iterdir())
@@ -74,7 +76,7 @@ def test_every_named_model_builds_at_full_size(name):
     """Through shapes only; every parameter has a published name."""
     family, config = configuration(name)
     model = mmx.create_model(name, heads=tuple(family.heads))
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    params = abstract_params(model)
     named = {weight.path for weight in resolve(family.table(config), params)}
     assert set(flat(params)) == named
     bare = mmx.create_model(name)
@@ -123,7 +125,7 @@ def _random(folder, **fields):
     source = mmx.load_pretrained(folder)
     config = override(source.config, fields)
     model = build(source.family, config, source.heads, "float32")
-    shapes, random = mmx.zoo.pretrained.abstract_params(model), np.random.default_rng(0)
+    shapes, random = abstract_params(model), np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), "float32"), shapes)
     return dataclasses.replace(source, model=model, params=params, config=config)
 
@@ -422,7 +424,7 @@ def test_roberta_counts_places_over_what_is_no_padding(tmp_path):
 
 def _shapes(name, heads=(), **fields):
     model = mmx.create_model(name, heads=heads, **fields)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    return abstract_params(model)
 
 
 def test_names():
@@ -897,8 +899,8 @@ def test_hero_reads_clip_by_clip_and_then_along_time(tmp_path, rng):
     part = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 9}
     parts = {"f_config": {**part, "num_hidden_layers": 2, "vocab_size": 30}, "c_config": {**part, "num_hidden_layers": 1}}
     family, config = configuration("hero-base", **parts, vfeat_dim=5, max_frm_seq_len=4, max_clip_len=6)
-    model = mmx.zoo.pretrained.build(family, config, tuple(family.heads), "float32")
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    model = build(family, config, tuple(family.heads), "float32")
+    params = abstract_params(model)
     params = jax.tree.map(lambda p: (0.5 * rng.standard_normal(p.shape)).astype("f"), params)
     mmx.save_pretrained(tmp_path, Pretrained(model, params, config, family, tuple(family.heads)))
     fields = json.loads((tmp_path / "config.json").read_text())

@@ -13,7 +13,7 @@ from mmx.topologies import PerStream
 from mmx.zoo.config import Words, activation, only
 from mmx.zoo.family import Family, Run, Runner, padded, told_by_pooler
 from mmx.zoo.loss import token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 LAYER: Table = {  # of every model that copied BERT's

@@ -12,10 +12,10 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.topologies.stage import given
-from mmx.zoo import open_clip
+from mmx.zoo import open_clip, open_clip_names
 from mmx.zoo.config import Pixels, activation
 from mmx.zoo.family import Family, Run, Runner, channels_last, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {
@@ -276,7 +276,7 @@ FAMILIES = (
             "clip-vit-base-patch16": {"vision_config": {"patch_size": 16}},
             "clip-vit-large-patch14": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14)},
             "clip-vit-large-patch14-336": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14, 336)},
-            **open_clip.clip_names(),
+            **open_clip_names.clip_names(),
         },
         known=(r"position_ids$",),
         libraries=(open_clip.CLIP,),

@@ -20,7 +20,8 @@ from mmx.types import Masked
 from mmx.zoo import clip, open_clip
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner, channels_last, pair
-from mmx.zoo.open_clip import EPS, ModelConfig, TextConfig
+from mmx.zoo.open_clip import EPS
+from mmx.zoo.open_clip_config import ModelConfig, TextConfig
 from mmx.zoo.weights import Table, attention_table, layers, reshaped
 
 CAPTION_WEIGHT = 2.0  # of the caption's loss beside the contrastive one's 1 (arXiv 2205.01917, 4.1)

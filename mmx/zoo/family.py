@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import InputError
-from mmx.model import MultimodalTransformer
+from mmx.errors import InputError, unknown
+from mmx.model import MultimodalTransformer, change_blocks
 from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.preprocess import ImageSteps
 from mmx.zoo.sounds import SoundSteps
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table
 
 REGIONS = 512  # the most an image may have, of models that read regions; published ones know no limit
@@ -206,6 +206,17 @@ class Family:
             forward=forward,
             library=library,
         )
+
+
+def build(family: Family, config: Any, heads: Sequence[str], dtype: str, **run: Any) -> MultimodalTransformer:
+    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None.
+
+    What was published as the temperature is the temperature: no limit is put on it.
+    """
+    for head in heads:
+        if head not in family.heads:
+            raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
+    return change_blocks(family.build(config, tuple(heads), dtype).clone(max_logit_scale=None), **run)
 
 
 def told_by_pooler(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:

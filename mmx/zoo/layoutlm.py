@@ -10,7 +10,7 @@ from mmx.model import MultimodalTransformer
 from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.family import Family, Runner, told_by_pooler
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table
 
 

@@ -20,7 +20,7 @@ from mmx.types import Masked
 from mmx.zoo import bert, roberta
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Family, Runner, channels_last, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 PAGE = 1000  # length of a side

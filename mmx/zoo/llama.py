@@ -14,7 +14,7 @@ from mmx.topologies import PerStream
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Generation, Run, Runner, padded
 from mmx.zoo.loss import token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 LAYER: Table = {  # of every model that copied Llama's

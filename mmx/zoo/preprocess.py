@@ -12,8 +12,9 @@ from PIL import Image
 
 from mmx.errors import InputError
 from mmx.zoo.sounds import SoundSteps
+from mmx.zoo.texts import Texts, TextSteps, WordSteps
 from mmx.zoo.tokenizer import FILES as TEXT_FILES
-from mmx.zoo.tokenizer import Texts, TextSteps, WordSteps, read_texts
+from mmx.zoo.tokenizer import read_texts
 
 IMAGES = "preprocessor_config.json"
 SETTINGS = (IMAGES, "video_preprocessor_config.json")

@@ -16,7 +16,7 @@ from mmx.zoo import bert
 from mmx.zoo.config import Classes, Words, only
 from mmx.zoo.family import Family, Runner, told_by_pooler
 from mmx.zoo.loss import class_loss, token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 

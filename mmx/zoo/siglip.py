@@ -17,10 +17,10 @@ from mmx.modalities import Ids, PackedPatches, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
-from mmx.zoo import clip, open_clip
+from mmx.zoo import clip, open_clip, open_clip_names
 from mmx.zoo.config import Layers, Pixels, activation, only
 from mmx.zoo.family import Family, Runner, channels_last, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, attention_table, convolution, layers, reshaped
 
 SCALE, BIAS = 10.0, -10.0  # first values (arXiv 2303.15343, 3.2)
@@ -227,7 +227,7 @@ FAMILIES = (
         _build,
         _table,
         _forward,
-        names=_names() | open_clip.siglip_names(),
+        names=_names() | open_clip_names.siglip_names(),
         texts=TEXTS,
         length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$",),

@@ -15,7 +15,7 @@ from mmx.topologies import Joint
 from mmx.zoo import bert
 from mmx.zoo.config import Words
 from mmx.zoo.family import REGIONS, Family, Run, Runner, padded, padded_features
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 BOX = 7  # x1 y1 x2 y2, width, height, area
