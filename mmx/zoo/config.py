@@ -50,6 +50,15 @@ class Words(Layers):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unsaid(Words):
+    """Likewise, of code in which the eps of every norm is BERT's, and no field tells it."""
+
+    @property
+    def layer_norm_eps(self) -> float:
+        return 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
 class Pixels(Layers):
     """Those of an encoder of images of ViT's kind."""
 
@@ -64,6 +73,12 @@ class Classes:
 
     num_labels: int = 2
     problem_type: str | None = None  # which `mmx.zoo.loss.class_loss`; None: what the labels look like
+
+
+def sized(layers: int, width: int, heads: int, mlp: int | None = None, **more: Any) -> dict[str, Any]:
+    """The fields of `Layers` of one size; an MLP that is not told is four times as wide."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": mlp or 4 * width, **more}
 
 
 def activation(name: str, field: str = "hidden_act") -> str:

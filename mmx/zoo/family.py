@@ -252,6 +252,12 @@ def pair(size: int | tuple) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
 
 
+def grid(c: Any) -> tuple[int, int]:
+    """(rows, columns) of the patches that an image of a configuration is cut to."""
+    (height, width), (rows, columns) = pair(c.image_size), pair(c.patch_size)
+    return height // rows, width // columns
+
+
 def as_batch(batch: Batch) -> dict[str, Any]:
     """Integers as int32, what else as it is."""
 

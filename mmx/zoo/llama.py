@@ -11,7 +11,7 @@ from mmx.layers import PROJECTIONS, BlockConfig
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import activation, only, sized
 from mmx.zoo.family import Family, Generation, Run, Runner, padded
 from mmx.zoo.loss import token_loss
 from mmx.zoo.texts import Texts
@@ -145,17 +145,6 @@ def _table(c: LlamaConfig) -> Table:
 
 def _forward(run: Runner, c: LlamaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return text_fields(run({"text": read_text(inputs)}), inputs)
-
-
-def sized(layers: int, width: int, heads: int, mlp: int, **more: Any) -> dict[str, Any]:
-    """The fields of a size."""
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        **more,
-    }
 
 
 _TWO = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}

@@ -11,7 +11,7 @@ from mmx.heads import Pooler
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, llama
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import activation, only, sized
 from mmx.zoo.family import Family, Generation, Run, Runner, channels_last
 from mmx.zoo.weights import Table
 
@@ -154,7 +154,7 @@ FAMILIES = (
         _forward,
         names={
             "llava-1.5-7b-hf": {"text_config": _TEXT},
-            "llava-1.5-13b-hf": {"text_config": llama.sized(40, 5120, 40, 13824, **_TEXT)},
+            "llava-1.5-13b-hf": {"text_config": sized(40, 5120, 40, 13824, **_TEXT)},
         },
         heads={"captioning": "language_model."},
         texts=llama.TEXTS,

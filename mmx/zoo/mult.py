@@ -20,8 +20,7 @@ from mmx.topologies import Adapt, Cross, PerStream
 from mmx.topologies.adapt import COUNTED
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner
-from mmx.zoo.siglip import attention_table
-from mmx.zoo.weights import Table, convolution, layers
+from mmx.zoo.weights import Table, attention_table, convolution, layers
 
 STEPS = 512  # the most a stream may have here; published ones know no limit
 LETTERS = {"text": "l", "audio": "a", "video": "v"}  # our streams and the published letters

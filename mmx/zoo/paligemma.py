@@ -12,7 +12,7 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, gemma, llama
-from mmx.zoo.config import only
+from mmx.zoo.config import only, sized
 from mmx.zoo.family import Family, Generation, Runner
 from mmx.zoo.llava import OLDER, check_images, place_images, text_fields
 from mmx.zoo.weights import Table, convolution, layers
@@ -45,7 +45,7 @@ class PaliGemmaConfig:
 
     vision_config: PaliGemmaVisionConfig = PaliGemmaVisionConfig()
     text_config: gemma.GemmaConfig = gemma.GemmaConfig(
-        **llama.sized(18, 2048, 8, 16384, num_key_value_heads=1),
+        **sized(18, 2048, 8, 16384, num_key_value_heads=1),
     )
     image_token_index: int = 256000
     projection_dim: int = 2048
@@ -105,7 +105,7 @@ def _forward(run: Runner, c: PaliGemmaConfig, inputs: Mapping[str, Any]) -> dict
 
 
 def _at(size: int) -> dict[str, Any]:
-    text = llama.sized(18, 2048, 8, 16384, num_key_value_heads=1, vocab_size=257216)
+    text = sized(18, 2048, 8, 16384, num_key_value_heads=1, vocab_size=257216)
     return {"vision_config": {"image_size": size}, "text_config": text, "image_token_index": 257152}
 
 

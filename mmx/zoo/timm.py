@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mmx.errors import InputError
 from mmx.zoo.config import activation, only, parse
-from mmx.zoo.family import Library, pair
+from mmx.zoo.family import Library, grid, pair
 from mmx.zoo.preprocess import ImageSteps
 from mmx.zoo.tensors import TITLE
 from mmx.zoo.transforms import as_timm, timm_images
@@ -214,9 +214,9 @@ def mlp_ratio(c: Any) -> float:
 
 def trunk_table(prefix: str, c: Any, special: int, block: Table = BLOCK) -> Table:
     """The weights of an image tower in the first stage, but for its special tokens and what stands behind its layers."""
-    height, width = (s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
+    places = math.prod(grid(c)) + special
     return {
-        f"{prefix}pos_embed": reshaped("modalities_image/position", 1, height * width + special, c.hidden_size),
+        f"{prefix}pos_embed": reshaped("modalities_image/position", 1, places, c.hidden_size),
         f"{prefix}patch_embed.proj": convolution("modalities_image/patch", *pair(c.patch_size)),
         **layers(prefix + "blocks.{}", "stages_0/image/layers/block", block),
         f"{prefix}norm": "stages_0/image/norm",
@@ -238,8 +238,7 @@ def _distilled_table(c: Any) -> Table:
 
 
 def _beit_table(c: Any) -> Table:
-    grid = (2 * s // p - 1 for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
-    bias = (math.prod(grid) + 3, c.num_attention_heads)
+    bias = (math.prod(2 * side - 1 for side in grid(c)) + 3, c.num_attention_heads)
     block: Table = {
         **{name: path for name, path in BLOCK.items() if name not in ("attn.qkv", "ls1.gamma", "ls2.gamma")},
         "attn.qkv.weight": Layout(tuple(f"self/{name}/kernel" for name in ("query", "key", "value"))),

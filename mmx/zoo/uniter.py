@@ -13,7 +13,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.zoo import bert
-from mmx.zoo.config import Words
+from mmx.zoo.config import Unsaid, sized
 from mmx.zoo.family import REGIONS, Family, Run, Runner, padded, padded_features
 from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
@@ -22,17 +22,12 @@ BOX = 7  # x1 y1 x2 y2, width, height, area
 
 
 @dataclasses.dataclass(frozen=True)
-class UniterConfig(Words):
+class UniterConfig(Unsaid):
     """The published fields of UNITER, and the two numbers that its code is called with."""
 
     vocab_size: int = 28996
     img_dim: int = 2048
     img_label_dim: int = 1601
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Every norm's, in the published code and not in its configuration."""
-        return 1e-12
 
 
 def _build(c: UniterConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
@@ -217,12 +212,7 @@ FAMILIES = (
         _forward,
         names={
             "uniter-base": {},
-            "uniter-large": {
-                "hidden_size": 1024,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "intermediate_size": 4096,
-            },
+            "uniter-large": sized(24, 1024, 16),
         },
         heads={
             "masked-lm": "cls.predictions",

@@ -13,11 +13,10 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Cross, Gather, PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.config import Words, activation
+from mmx.zoo.config import Unsaid, activation
 from mmx.zoo.family import Family, Runner, padded
 from mmx.zoo.weights import Layout, Table, layers
 
-EPS = 1e-12  # of every norm; no field of the configuration tells it
 DECODER_LAYER: Table = {
     "slf_attn.att.query": "self/query",
     "slf_attn.att.key": "self/key",
@@ -36,7 +35,7 @@ DECODER_LAYER: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UniVLPart(Words):
+class UniVLPart(Unsaid):
     """The published fields of one of UniVL's four parts; of the video, `vocab_size` is how many numbers a frame has."""
 
     max_target_embeddings: int = 512
@@ -54,23 +53,20 @@ class UniVLConfig:
 
 
 def _block(c: UniVLPart, dtype: str) -> BlockConfig:
-    return BlockConfig(
-        width=c.hidden_size,
-        heads=c.num_attention_heads,
-        mlp=c.intermediate_size,
-        activation=activation(c.hidden_act),
-        norm="post",
-        eps=EPS,
-        dtype=dtype,
-    )
+    return BlockConfig(width=c.hidden_size, dtype=dtype, **bert.block(c))
 
 
 def _build(c: UniVLConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     text, video, both, writer = c.bert, c.visual, c.cross, c.decoder
-    words = (text.vocab_size, text.max_position_embeddings)
     modalities: dict[str, Any] = {
-        "text": Ids(*words, width=text.hidden_size, tables={"segment": text.type_vocab_size}, norm=EPS),
-        "video": Features(video.vocab_size, video.max_position_embeddings, width=video.hidden_size, position="learned", norm=EPS),
+        "text": bert.text_embedder(text),
+        "video": Features(
+            video.vocab_size,
+            video.max_position_embeddings,
+            width=video.hidden_size,
+            position="learned",
+            norm=video.layer_norm_eps,
+        ),
     }
     stages: tuple[Any, ...] = (
         PerStream(
@@ -83,16 +79,17 @@ def _build(c: UniVLConfig, heads: Sequence[str], dtype: str) -> MultimodalTransf
             width=both.hidden_size,
             positions=both.max_position_embeddings,
             type=True,
-            norm=EPS,
+            norm=both.layer_norm_eps,
         ),
         PerStream({FUSED: both.num_hidden_layers}, {FUSED: _block(both, dtype)}),
     )
     outputs = {}
     if "captioning" in heads:
-        modalities["caption"] = Ids(*words, lender="text", width=writer.hidden_size, norm=EPS)
+        words = (text.vocab_size, text.max_position_embeddings)
+        modalities["caption"] = Ids(*words, lender="text", width=writer.hidden_size, norm=writer.layer_norm_eps)
         block = {"caption": _block(writer, dtype)}
         stages += (Cross(writer.num_decoder_layers, block, "self cross mlp", {"caption": (FUSED,)}, ("caption",)),)
-        outputs["captioning"] = TiedDecoder("caption", activation=activation(writer.hidden_act), norm=EPS)
+        outputs["captioning"] = TiedDecoder("caption", activation=activation(writer.hidden_act), norm=writer.layer_norm_eps)
     poolers = {name: Pooler("first", size=p.hidden_size, activation="tanh") for name, _, p in _encoders(c)}
     return build_model(modalities, stages, width=both.hidden_size, embed=0, poolers=poolers, outputs=outputs, dtype=dtype)
 

@@ -12,7 +12,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream, Stage
 from mmx.zoo import bert
-from mmx.zoo.config import Words, activation, only
+from mmx.zoo.config import Unsaid, activation, only, sized
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
@@ -23,7 +23,7 @@ _CROSS = {"image": ("1", "2", "v"), "text": ("2", "1", "t")}  # published: own n
 
 
 @dataclasses.dataclass(frozen=True)
-class VilbertConfig(Words):
+class VilbertConfig(Unsaid):
     """The published fields of ViLBERT."""
 
     v_feature_size: int = 2048
@@ -45,11 +45,6 @@ class VilbertConfig(Words):
     dynamic_attention: bool = False
     with_coattention: bool = True
     task_specific_tokens: bool = False
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Every norm's, in the published code and not in its configuration."""
-        return 1e-12
 
     @property
     def spans(self) -> tuple[dict[str, range], ...]:
@@ -200,10 +195,10 @@ def _forward(run: Runner, c: VilbertConfig, inputs: Mapping[str, Any]) -> dict[s
     return result
 
 
-def _sized(depth: int, count: int, **more: Any) -> dict[str, Any]:
+def _sized(count: int, depth: int = 12, width: int = 768, heads: int = 12) -> dict[str, Any]:
     """`count` co-attentions, before the last layers of the text and before each layer of the image."""
     return {
-        "num_hidden_layers": depth,
+        **sized(depth, width, heads),
         "v_hidden_size": 1024,
         "v_num_hidden_layers": count,
         "v_num_attention_heads": 8,
@@ -211,11 +206,9 @@ def _sized(depth: int, count: int, **more: Any) -> dict[str, Any]:
         "bi_num_attention_heads": 8,
         "v_biattention_id": tuple(range(count)),
         "t_biattention_id": tuple(range(depth - count, depth)),
-        **more,
     }
 
 
-_LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
 FAMILIES = (
     Family(
         "vilbert",
@@ -224,10 +217,10 @@ FAMILIES = (
         _table,
         _forward,
         names={
-            "vilbert-base-4layer": _sized(12, 4),
-            "vilbert-base-6layer": _sized(12, 6),
-            "vilbert-base-8layer": _sized(12, 8),
-            "vilbert-large-6layer": _sized(24, 6, **_LARGE),
+            "vilbert-base-4layer": _sized(4),
+            "vilbert-base-6layer": _sized(6),
+            "vilbert-base-8layer": _sized(8),
+            "vilbert-large-6layer": _sized(6, 24, 1024, 16),
         },
         heads={"masked-lm": "cls.predictions", "region-classes": "cls.imagePredictions", "matching": "cls.bi_seq_relationship"},
         prefix="bert",
