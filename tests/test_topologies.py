@@ -27,7 +27,6 @@ from mmx.topologies import (
     Insert,
     Joint,
     Latent,
-    Norm,
     PerStream,
     Pool,
     Scatter,
@@ -760,16 +759,6 @@ def test_gathering_is_the_formula(rng):
     np.testing.assert_allclose(added[0], np.asarray(params["params"]["position"])[[0, 1, 2, 3, 3]], atol=1e-6)
 
 
-def test_one_norm_for_all_streams(rng):
-    streams = make_streams(rng, (3, 4))
-    stage = Norm(block=BLOCK)
-    params = {"norm": {"scale": rng.standard_normal(8).astype("f"), "bias": rng.standard_normal(8).astype("f")}}
-    for name, tokens in stage.apply({"params": params}, streams).items():
-        x = streams[name].values
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + BLOCK.eps)
-        np.testing.assert_allclose(tokens.values, x * params["norm"]["scale"] + params["norm"]["bias"], atol=1e-5)
-
-
 def test_latent_tokens_leave_and_answer_at_learned_places(rng):
     """Blocks gone through again are the same layers twice; a stream that is not answered ends; widths are as they come."""
     streams = {name: Tokens(rng.standard_normal((2, 4, 6)).astype("f")) for name in ("image", "text")}
@@ -812,12 +801,14 @@ def test_every_layer_may_have_relative_positions_of_its_own(stage, rng):
 
 
 def test_a_norm_for_each_stream_that_is_named(rng):
-    streams, stage = make_streams(rng, (2, 3)), Norm({"text": 1e-6})
+    streams, stage = make_streams(rng, (2, 3)), Adapt(norm={"text": 1e-6})
     params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), stage.init(jax.random.key(0), streams))
     out, x, p = stage.apply(params, streams), streams["text"].values, params["params"]["text_norm"]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
     np.testing.assert_allclose(out["text"].values, x, atol=1e-5)
-    assert out["image"] is streams["image"]
+    assert set(params["params"]) == {"text_norm"} and out["image"].values is streams["image"].values
+    with pytest.raises(InputError, match="one norm have one eps"):
+        Adapt(norm={"text": 1e-6}, share=True).apply({}, streams)
 
 
 def test_relative_positions_on_a_grid(rng):
@@ -1055,7 +1046,7 @@ def test_wrong_topologies_are_refused():
         (Pool("txet", 2, 4), "Pool.stream: .* did you mean 'text'"),
         (Adapt(("txet",)), "Adapt.streams: .* did you mean 'text'"),
         (Gather(norm_beside="imag"), "Gather.norm_beside: .* did you mean 'image'"),
-        (Norm({"imag": 1e-5}), "Norm.eps: .* did you mean 'image'"),
+        (Adapt(norm={"imag": 1e-5}), "Adapt.norm: .* did you mean 'image'"),
         (Latent(1, queries={"txet": 3}), "Latent.queries: .* did you mean 'text'"),
         (Sum({"txet": 2.0}), "Sum.weights: .* did you mean 'text'"),
         (Bridge(1, towers={"imag": True}), "Bridge.towers: .* did you mean 'image'"),

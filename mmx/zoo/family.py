@@ -235,9 +235,10 @@ def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
 
 
 def padded_features(features: Any, mask: Any = None, **beside: Any) -> Masked:
-    """Published features `(B, L, size)`, such as those of regions, and their mask as a raw value, like `padded`."""
+    """Published features `(B, L, size)`, of regions or such as other networks embedded, and their mask, like `padded`."""
+    raw = {"features": features, **beside} if beside else features
     mask = jnp.ones(features.shape[:2], bool) if mask is None else mask != 0
-    return Masked({"features": features, **beside}, mask, keep=True)
+    return Masked(raw, mask, keep=True)
 
 
 def channels_last(pixels: Any) -> Any:

@@ -12,7 +12,7 @@ from mmx.heads import Classifier, Pooler, Projection, TokenClassifier
 from mmx.layers import BlockConfig
 from mmx.losses import cross_entropy, masked_mean
 from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import FUSED, Gather, Norm, PerStream
+from mmx.topologies import FUSED, Adapt, Gather, PerStream
 from mmx.zoo import bert, vit
 from mmx.zoo.config import Layers, Pixels, Words, activation, only
 from mmx.zoo.family import Chosen, Family, Run, Runner, channels_last
@@ -99,7 +99,7 @@ def _build(c: FlavaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransf
         (
             PerStream({name: t.num_hidden_layers for name, t in _towers(c)}, blocks),
             Gather(keep=True, width=joint.hidden_size, project=True, special=("class",) if joint.use_cls_token else ()),
-            Norm({name: t.layer_norm_eps for name, t in _towers(c)}),
+            Adapt(norm={name: t.layer_norm_eps for name, t in _towers(c)}),
             PerStream({FUSED: joint.num_hidden_layers}),
         ),
         width=joint.hidden_size,

@@ -14,11 +14,13 @@ from mmx.heads import Classifier, Pooler
 from mmx.modalities import Features
 from mmx.modalities.patches import cut
 from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import Bottleneck, Cross, Joint, Norm, PerStream
+from mmx.topologies import Adapt, Bottleneck, Cross, Joint, PerStream
 from mmx.topologies.stage import Stage
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.weights import Layout, Table, layers, reshaped
+
+EPS = 1e-6  # of every norm; no field of the configuration tells it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +94,11 @@ def _build(c: MBTConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
             )
             for name in c.modality_fusion
         },
-        (PerStream(_apart(c), share=c.share_encoder), _exchange(c), Norm()),
+        (PerStream(_apart(c), share=c.share_encoder), _exchange(c), Adapt(norm=EPS, share=True)),
         width=c.hidden_size,
         heads=c.num_heads,
         mlp=c.mlp_dim,
+        eps=EPS,
         final_norm=False,
         embed=0,
         poolers={name: Pooler("first" if token else "mean") for name in c.modality_fusion},
@@ -140,7 +143,7 @@ def _table(c: MBTConfig) -> Table:
         later = f"Transformer.encoderblock_{{{apart}+1}}{end}"
         table |= layers(later, f"stages_1/{exchange}", _layer(c, "both" if crossing else "self"))
     for leaf in ("scale", "bias"):
-        table[f"Transformer.encoder_norm.{leaf}"] = f"stages_2/norm/{leaf}"
+        table[f"Transformer.encoder_norm.{leaf}"] = f"stages_2/shared_norm/{leaf}"
     for leaf in ("kernel", "bias"):
         table[f"output_projection.{leaf}"] = f"heads_classification/classifier/{leaf}"
     return table

@@ -4,17 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from mmx.heads import Pooler, TiedDecoder
 from mmx.layers import BlockConfig
 from mmx.modalities import Features, Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Cross, Gather, PerStream
-from mmx.types import Masked
 from mmx.zoo import bert
 from mmx.zoo.config import Unsaid, activation
-from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.family import Family, Runner, padded, padded_features
 from mmx.zoo.weights import Layout, Table, layers
 
 DECODER_LAYER: Table = {
@@ -126,8 +123,7 @@ def _forward(run: Runner, c: UniVLConfig, inputs: Mapping[str, Any]) -> dict[str
     if "input_ids" in inputs:
         batch["text"] = bert.read_text(inputs)
     if "video" in inputs:
-        video = inputs["video"]
-        batch["video"] = Masked(video, inputs.get("video_mask", jnp.ones(video.shape[:2])) != 0, keep=True)
+        batch["video"] = padded_features(inputs["video"], inputs.get("video_mask"))
     if "decoder_input_ids" in inputs:
         batch["caption"] = padded(inputs["decoder_input_ids"], inputs.get("decoder_mask"))
     r = run(batch, causal=("caption",) if "caption" in batch else ())
