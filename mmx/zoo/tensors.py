@@ -159,7 +159,7 @@ def write(
 ) -> None:
     """Writes our parameters in the published layout: one file, or several `model-...` of `shard` bytes and their index.
 
-    An index and parts of that layout that were there before go: a reader would take them for these weights.
+    What was there before of that layout goes, whole or in parts: a reader would take it for these weights.
     """
     leaves = flat(params)
     parts: dict[str, list[tuple[Weight, np.ndarray]]] = {}
@@ -181,7 +181,7 @@ def write(
     titles = [title]
     if len(files) > 1:
         titles = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    before = [folder / INDEX, *sorted(folder.glob("model-*-of-*.safetensors"))] if title == TITLE else []
+    before = [folder / INDEX, folder / TITLE, *sorted(folder.glob("model-*-of-*.safetensors"))] if title == TITLE else []
     for path in before:
         with writing(path):
             path.unlink(missing_ok=True)
