@@ -16,7 +16,7 @@ from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.preprocess import ImageSteps
 from mmx.zoo.sounds import SoundSteps
-from mmx.zoo.texts import Texts
+from mmx.zoo.texts import ImagePlaces, Texts
 from mmx.zoo.weights import Table
 
 REGIONS = 512  # the most an image may have, of models that read regions; published ones know no limit
@@ -150,6 +150,7 @@ class Family:
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell, or `config -> how`; None: it reads none.
         length: `config -> longest text`; None: it reads none.
+        places: `config -> how texts keep places for images`; None: they keep none.
         inputs: its inputs -> what they are called that are prepared of raw values, where they differ; "not NAME": the opposite
             of a mask.
         video: whether it reads videos, and not images.
@@ -173,6 +174,7 @@ class Family:
     generation: Generation | None = None
     texts: Texts | Callable[[Any], Texts | None] | None = None
     length: Callable[[Any], int | None] | None = None
+    places: Callable[[Any], ImagePlaces] | None = None
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     video: bool = False
     sound: type[SoundSteps] | None = None

@@ -86,7 +86,8 @@ def as_published(
     rules = family.texts(config) if callable(family.texts) else family.texts
     steps = preprocess.read(folder, length, rules, family.video, family.sound)
     images = (library.images(fields) if library else None) or steps.images
-    steps = dataclasses.replace(steps, images=images, names=family.prepared)
+    places = family.places(config) if family.places else None
+    steps = dataclasses.replace(steps, images=images, names=family.prepared, places=places)
     return Pretrained(model, params, config, family, heads, steps, extra, files)
 
 

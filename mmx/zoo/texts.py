@@ -9,6 +9,8 @@ import tokenizers
 
 from mmx.errors import InputError
 
+IMAGE = "<image>"  # where an image stands in a text
+
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
@@ -94,11 +96,11 @@ class TextSteps:
             del arrays["attention_mask"]
         return arrays
 
-    def encode(self, texts: Sequence[Any], words: bool = False) -> list[tokenizers.Encoding]:
-        """What the tokenizer makes of texts, or of lists of words, cut at `length`."""
+    def encode(self, texts: Sequence[Any], words: bool = False, ends: bool = True) -> list[tokenizers.Encoding]:
+        """What the tokenizer makes of texts, or of lists of words, with the tokens of both `ends`; cut at `length`."""
         self.tokenizer.enable_truncation(self.length)
         self.tokenizer.no_padding()
-        return self.tokenizer.encode_batch(list(texts), is_pretokenized=words)
+        return self.tokenizer.encode_batch(list(texts), is_pretokenized=words, add_special_tokens=ends)
 
     def padded(self, encoded: Sequence[tokenizers.Encoding]) -> dict[str, np.ndarray]:
         """Ids, masks and types of several texts: `(B, L)` int32."""
@@ -111,6 +113,49 @@ class TextSteps:
                 missing = [empty] * (longest - len(own))
                 row.append(missing + values if self.left else values + missing)
         return {name: np.asarray(row, np.int32) for name, row in rows.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePlaces:
+    """How texts keep places for images (LLaVA, PaliGemma): the id of `<image>`, once for each token of an image.
+
+    Args:
+        token: that id.
+        patch: edge of a patch; an image has a token for each.
+        special: tokens that an image has in front of them.
+        begin: of a family whose texts are `images begin text newline`, with nothing else at either end (PaliGemma), the token
+            between images and text; None: images stand anywhere, and the ends are those of any text.
+    """
+
+    token: int
+    patch: int
+    special: int = 0
+    begin: str | None = None
+
+    def size(self, pixels: Any) -> int:
+        """How many tokens each image of `pixel_values (B, C, H, W)` has."""
+        return self.special + (pixels.shape[-2] // self.patch) * (pixels.shape[-1] // self.patch)
+
+    def __call__(self, steps: TextSteps, texts: Sequence[str], pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Published inputs of texts with an image at each `<image>`, text after text.
+
+        Where no text has one, and there is an image for each, PaliGemma's images stand in front.
+        """
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"texts={texts!r}; expected a list of texts")
+        if (own := steps.tokenizer.token_to_id(IMAGE)) != self.token:
+            raise InputError(f"the tokenizer has {IMAGE} as {own}, its configuration as {self.token}; they are of two models")
+        if self.begin is not None:
+            bare = len(texts) == len(pixels) and not any(IMAGE in text for text in texts)
+            parts = [(IMAGE * bare + text).rpartition(IMAGE) for text in texts]
+            texts = [f"{front}{image}{self.begin}{text}\n" for front, image, text in parts]
+        if (kept := sum(text.count(IMAGE) for text in texts)) != len(pixels):
+            raise InputError(f"texts: {kept} times {IMAGE} in all, but {len(pixels)} images; write it once where each stands")
+        texts = [text.replace(IMAGE, IMAGE * self.size(pixels)) for text in texts]
+        arrays = steps.padded(steps.encode(texts, ends=self.begin is None))
+        if self.begin is None:
+            del arrays["token_type_ids"]  # a prompt's are all zero, which PaliGemma wants to be told
+        return arrays
 
 
 @dataclasses.dataclass(frozen=True)
