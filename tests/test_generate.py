@@ -79,6 +79,12 @@ def test_where_nothing_can_be_remembered_all_is_computed_again(name):
     assert not mmx.build_model({"text": Ids(11, LENGTH)}, name, width=16, depth=2, heads=2).caches
 
 
+def test_attention_that_streams_share_remembers_nothing():
+    """It is called for one stream after the other, and would know the last one's keys."""
+    assert not PerStream(1, share=True).caches and not Cross(1, share=("self",)).caches and not Cross(1, share=("cross",)).caches
+    assert PerStream(1).caches and Cross(1, share=("mlp",)).caches
+
+
 def test_a_token_costs_what_one_token_costs():
     """Beside attention, whose keys are all before it, the work of a step is that of one token, however long the text may be."""
 
