@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmx.errors import InputError, unknown
 from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
-from mmx.layers.stack import sow_states
+from mmx.layers.stack import shapes_only, sow_states
 from mmx.modalities.masking import token_mask
 from mmx.topologies import Stage, make_topology
 from mmx.topologies.stage import change_block, check_names, fill_block
@@ -216,7 +216,8 @@ def example_batch(model: MultimodalTransformer, batch_size: int = 2) -> dict[str
 
 def abstract_params(model: MultimodalTransformer) -> Any:
     """The shapes of a model's parameters; nothing is computed."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
+    with shapes_only():
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
 
 
 def count_parameters(params: Any) -> int:
