@@ -1,6 +1,7 @@
 """Properties every topology has, for any number of streams, lengths, masks and absences."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -56,24 +57,53 @@ def make_streams(rng, lengths, masked=True):
     return streams
 
 
-def apply_stages(stages, params, streams):
-    @jax.jit
-    def run(params, leaves):
-        out = dict(zip(streams, leaves, strict=True))  # in their own order: jit sorts the keys of a dict
-        for stage, variables in zip(stages, params, strict=True):
-            out = stage.apply({"params": variables}, out)
-        return out
+class Same(tuple):
+    """Stages, equal where each is the very same object: their fields cannot be hashed."""
 
-    return run(params, list(streams.values()))
+    def __hash__(self):
+        return hash(tuple(map(id, self)))
+
+    def __eq__(self, other):
+        return [*map(id, self)] == [*map(id, other)]
+
+
+@functools.lru_cache(maxsize=16)
+def program(run, stages, names):
+    """`run(stages, streams, params)`, compiled once for the same stages and streams."""
+    # In their own order: jit sorts the keys of a dict.
+    return jax.jit(lambda params, leaves: run(stages, dict(zip(names, leaves, strict=True)), params))
+
+
+def _apply(stages, streams, params):
+    for stage, variables in zip(stages, params, strict=True):
+        streams = stage.apply({"params": variables}, streams)
+    return streams
+
+
+def _gradient(stages, streams, params):
+    def loss(params):
+        here = {n: jnp.where(t.dense_mask[..., None], t.values, 0) for n, t in _apply(stages, streams, params).items()}
+        return sum(jnp.square(x).sum() for x in here.values()), here
+
+    (_, here), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return here, gradient
+
+
+def apply_stages(stages, params, streams):
+    return program(_apply, Same(stages), tuple(streams))(params, list(streams.values()))
+
+
+def outputs_and_gradient(stages, params, streams):
+    """The tokens that exist, and the gradient of the sum of their squares."""
+    return program(_gradient, Same(stages), tuple(streams))(params, list(streams.values()))
 
 
 def init_stages(stages, streams, rng):
     params = []
     for stage in stages:
-        shapes = jax.eval_shape(stage.init, jax.random.key(0), streams).get("params", {})
-        variables = jax.tree.map(lambda p: 0.4 * rng.standard_normal(p.shape).astype(np.float32), shapes)
-        params.append(variables)
-        streams = jax.eval_shape(lambda s, v=variables, stage=stage: stage.apply({"params": v}, s), streams)
+        streams, variables = jax.eval_shape(lambda s, stage=stage: stage.init_with_output(jax.random.key(0), s), streams)
+        shapes = variables.get("params", {})
+        params.append(jax.tree.map(lambda p: 0.4 * rng.standard_normal(p.shape).astype(np.float32), shapes))
     return params
 
 
@@ -86,24 +116,6 @@ def same(a, b, atol=2e-5):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=atol)
-
-
-def outputs_and_gradient(stages, params, streams):
-    """The tokens that exist, and the gradient of the sum of their squares."""
-
-    @jax.jit
-    def run(params, leaves):
-        def loss(params):
-            out = dict(zip(streams, leaves, strict=True))
-            for stage, variables in zip(stages, params, strict=True):
-                out = stage.apply({"params": variables}, out)
-            here = {name: jnp.where(t.dense_mask[..., None], t.values, 0) for name, t in out.items()}
-            return sum(jnp.square(x).sum() for x in here.values()), here
-
-        (_, here), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return here, gradient
-
-    return run(params, list(streams.values()))
 
 
 @pytest.mark.parametrize("topology", EVERY)

@@ -315,6 +315,47 @@ def test_weights_of_attention():
         mmx.load_pretrained(T5)(**golden.given(T5), output_attentions=True)
 
 
+RECORDED: dict[str | None, Path] = {}
+for _folder in PUBLISHED:
+    _config = _folder / "config.json"
+    _told = json.loads(_config.read_text()).get("model_type") if _config.exists() else None
+    if _folder.name != "PerceiverForMaskedLM":  # whose bare model reads what is embedded already
+        RECORDED.setdefault(golden.CLASSES.get(golden.class_of(_folder), golden.Class()).family or _told, _folder)
+_IDS = {"input_ids": np.ones((2, 5), np.int32)}
+UNRECORDED = {
+    **dict.fromkeys(("clip_text_model", "gemma", "llama", "roberta", "xlm-roberta", "videobert"), _IDS),
+    "clip_vision_model": {"pixel_values": np.ones((1, 3, 224, 224), np.float32)},
+    "hero": {"f_sub_input_ids": np.ones((2, 5), np.int32), "f_v_feats": np.ones((2, 3, 4352), np.float32)},
+}
+OF_HEADS = {"flava": "input_ids$", "univl": "decoder"}  # beside labels and targets, inputs that the bare model does not take
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_inside_is_returned_or_refused_by_name(name):
+    """Of every family's bare model, by shapes alone: no call that asks for states or attentions gets an answer without them."""
+    family = FAMILIES[name]
+    if name in UNRECORDED:
+        config, given = (configuration(next(iter(family.names)))[1] if family.names else family.config()), UNRECORDED[name]
+    else:
+        config = mmx.load_pretrained(RECORDED[name], family=name, heads=()).config
+        unread = re.compile(f"{OF_HEADS.get(name, 'ans$')}|ans$|.*(label|target)")
+        given = {n: x for n, x in golden.given(RECORDED[name]).items() if not unread.match(n)}
+    model = build(family, config, (), "float32")
+    pretrained = Pretrained(model, abstract_params(model), config, family)
+
+    def asked(**flags):
+        fields = golden.flatten(jax.eval_shape(lambda p: pretrained.apply(p, **flags, **given), pretrained.params))
+        return [n for n in fields if re.search(r"(hidden_states|attentions)\.\d", n)]
+
+    try:
+        inside = asked(output_hidden_states=True, output_attentions=True)
+        assert any("attentions." in n for n in inside)
+    except InputError as error:
+        assert str(error).startswith(f"{name}: it returns no attentions; call it without output_attentions=True")
+        inside = asked(output_hidden_states=True)
+    assert any("hidden_states.1" in n for n in inside)
+
+
 def test_the_loss_of_classes():
     """By the published `problem_type`, told or seen, against its formula; labels that do not fit it are named."""
     rng = np.random.default_rng(0)

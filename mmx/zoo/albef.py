@@ -73,7 +73,8 @@ def _forward(run: Runner, c: ALBEFConfig, inputs: Mapping[str, Any]) -> dict[str
     )
     return {
         "last_hidden_state": r.out.streams["text"].values,
-        "layer_output": tuple(r.intermediates["stages_0"]["layers"]["states"]["text"]),
+        "hidden_states": tuple(r.states("stages_0", "text")),
+        "layer_output": tuple(r.after("stages_0", "text")),
     }
 
 

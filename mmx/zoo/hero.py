@@ -18,7 +18,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream, Scatter
 from mmx.zoo import bert
 from mmx.zoo.config import Words, activation, only, override
-from mmx.zoo.family import Family, Runner, padded, padded_features
+from mmx.zoo.family import Family, Run, Runner, padded, padded_features
 from mmx.zoo.loss import token_loss
 from mmx.zoo.order import Order
 from mmx.zoo.roberta import places
@@ -180,6 +180,11 @@ def _videos(inputs: Mapping[str, Any], clips: dict[str, Any], order: Any = None)
     return batch
 
 
+def _clip_states(r: Run, clips: Mapping[str, Any], laid: Order) -> tuple[Any, ...]:
+    """Those of the clips' layers, whose words stand in front of the frames, in the published order."""
+    return tuple(laid.fill(jnp.roll(state, laid.first, 1)) for state in r.states("stages_0", *clips))
+
+
 def _forward(run: Runner, c: HeroConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The published inputs of a batch of clips, of videos, or of both.
 
@@ -203,6 +208,7 @@ def _forward(run: Runner, c: HeroConfig, inputs: Mapping[str, Any]) -> dict[str,
         "prediction_feat": heads.get("frame-features"),
         "frame_reorder_outputs": order,
         "fom_loss": loss,
+        "clip_hidden_states": () if laid is None else _clip_states(r, clips, laid),
         "hidden_states": None if entered is None else (entered, *r.after("stages_3", "video")),
     }
 

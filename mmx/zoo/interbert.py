@@ -71,6 +71,8 @@ def _forward(run: Runner, c: InterBertConfig, inputs: Mapping[str, Any]) -> dict
         batch = {name: dataclasses.replace(raw, mask=masks[name] != 0) for name, raw in batch.items()}
     r = run(batch)
     result = vilbert.fields(r, inputs)
+    result["hidden_states"] = tuple(r.states("stages_0", "image", "text"))  # regions, then words
+    result |= {f"{name}_hidden_states": tuple(r.after("stages_1", name)) for name in batch}
     if result["prediction_scores_v"] is not None and "image_target" in inputs:
         scores, target = result["prediction_scores_v"][:, 1:], inputs["image_target"]  # the whole image has no target
         away = ((scores - target) ** 2).sum(-1) if c.predict_feature else kl_divergence(scores, target)

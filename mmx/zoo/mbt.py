@@ -17,7 +17,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Bottleneck, Cross, Joint, PerStream
 from mmx.topologies.stage import Stage
 from mmx.zoo.config import only
-from mmx.zoo.family import Family, Runner
+from mmx.zoo.family import Family, Run, Runner
 from mmx.zoo.weights import Layout, Table, layers, reshaped
 
 EPS = 1e-6  # of every norm; no field of the configuration tells it
@@ -182,7 +182,18 @@ def _forward(run: Runner, c: MBTConfig, inputs: Mapping[str, Any]) -> dict[str, 
         "logits": r.out.logits.get("classification"),
         "preclassifier": joined,
         "prelogits": {**r.out.pooled} if c.classifier == "token" else joined.mean(1),
+        **{f"{name}_hidden_states": _states(r, c, name) for name in tokens},
     }
+
+
+def _states(r: Run, c: MBTConfig, name: str) -> tuple[Any, ...]:
+    """Those of one modality; of layers that all go through together, its part of all tokens."""
+    later = r.after("stages_1", name)
+    if c.share_encoder and not c.use_bottleneck:
+        ends = np.cumsum([tokens.length for tokens in r.out.streams.values()])
+        which = list(r.out.streams).index(name)
+        later = [jnp.split(x, ends[:-1], 1)[which] for x in later]
+    return (*r.states("stages_0", name), *later)
 
 
 FAMILIES = (

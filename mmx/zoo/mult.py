@@ -134,8 +134,12 @@ def _forward(run: Runner, c: MulTConfig, inputs: Mapping[str, Any]) -> dict[str,
     for name in c.targets:
         letter, joined = LETTERS[name], r.intermediates["stages_2"]["entered"][name]
         fields[f"trans_{letter}_mem"] = r.out.streams[name].values
+        entered = {stage: r.intermediates[stage]["states"][name] for stage in ("stages_0", "stages_2")}
+        fields[f"trans_{letter}_mem_hidden_states"] = (entered["stages_2"], *r.after("stages_3", name))
         for other, part in zip(EDGES[name], jnp.split(joined, 2, -1), strict=True):
-            fields[f"trans_{letter}_with_{LETTERS[other]}"] = part
+            published = f"trans_{letter}_with_{LETTERS[other]}"
+            fields[published] = part
+            fields[f"{published}_hidden_states"] = (entered["stages_0"], *r.after("stages_1", f"{name}_{other}"))
     return fields
 
 

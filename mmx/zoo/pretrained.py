@@ -57,12 +57,13 @@ class Pretrained:
         """Published inputs (`pixel_values` as (B, C, H, W), `input_ids`, `attention_mask`, `labels`, ...) to published outputs.
 
         Args:
-            output_hidden_states: whether `hidden_states` are among them: a tuple, the embeddings first.
+            output_hidden_states: whether `hidden_states` are among them, or several tuples whose names end so: the embeddings
+                first, then what each layer left.
             output_attentions: whether `attentions`, the weights of attention, are among them: a tuple, one of each layer.
             **inputs: arrays, and flags and numbers such as `return_loss=True`; what is None is not there.
 
         Raises:
-            InputError: an input this family does not have, or attentions where it returns none.
+            InputError: an input this family does not have, or attentions or states where it returns none.
         """
         fields = self.apply(self.params, output_hidden_states, output_attentions, **inputs)
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
@@ -238,20 +239,21 @@ def _call(
     read = _Inputs({**inputs, **dict(flags)}, family.name)
     fields = family.forward(run, config, read)
     fields = _present(fields, tuple(name for name in INSIDE if name not in wanted))
-    if "attentions" in wanted and not _has(fields, "attentions"):
-        raise InputError(f"{family.name}: it returns no attentions; call it without output_attentions=True")
+    for name in wanted:
+        if not _has(fields, name):
+            raise InputError(f"{family.name}: it returns no {name}; call it without output_{name}=True")
     return fields, read.taken, caches
 
 
 def _present(fields: Mapping[str, Any], unwanted: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that have a value, those of the inside only if they were asked for."""
+    """The fields that have a value, tuples of the inside only if they were asked for."""
     inner = {n: _present(v, unwanted) if isinstance(v, Mapping) else v for n, v in fields.items()}
-    return {n: v for n, v in inner.items() if v is not None and not (n.endswith(unwanted) or (isinstance(v, tuple) and not v))}
+    return {n: v for n, v in inner.items() if v is not None and not (isinstance(v, tuple) and (not v or n.endswith(unwanted)))}
 
 
 def _has(fields: Mapping[str, Any], name: str) -> bool:
     """Whether fields, or those within one, tell of the inside by this name."""
-    return any(n.endswith(name) or (isinstance(v, Mapping) and _has(v, name)) for n, v in fields.items())
+    return any(_has(v, name) if isinstance(v, Mapping) else isinstance(v, tuple) and n.endswith(name) for n, v in fields.items())
 
 
 def _chosen(x: Any) -> bool:

@@ -114,7 +114,8 @@ def _forward(run: Runner, c: UniterConfig, inputs: Mapping[str, Any]) -> dict[st
     Words are scored, and matched with regions, as they stand; regions are asked for where `img_masks` hides them.
     """
     order = _order(inputs)
-    r = run(_batch(inputs, order))
+    batch = _batch(inputs, order)
+    r = run(batch)
     sequence = order.fill(_joint(r))
     heads: Any = r.out.logits
     scores, loss, masked = {"mlm": heads.get("masked-lm"), "itm": heads.get("matching")}, {}, None
@@ -131,7 +132,8 @@ def _forward(run: Runner, c: UniterConfig, inputs: Mapping[str, Any]) -> dict[st
     return {
         "sequence_output": sequence,
         "pooled_output": r.out.pooled.get("text"),
-        "encoded_layers": tuple(order.fill(x) for x in r.after("stages_0", "text")),
+        "encoded_layers": tuple(order.fill(x) for x in r.after("stages_0", next(iter(batch)))),
+        "hidden_states": tuple(order.fill(x) for x in r.states("stages_0", *batch)),
         "masked_image": masked,
         "scores": scores,
         "loss": loss,

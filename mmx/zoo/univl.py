@@ -128,10 +128,15 @@ def _forward(run: Runner, c: UniVLConfig, inputs: Mapping[str, Any]) -> dict[str
         batch["caption"] = padded(inputs["decoder_input_ids"], inputs.get("decoder_mask"))
     r = run(batch, causal=("caption",) if "caption" in batch else ())
     names = {"text": "text", "video": "visual", FUSED: "cross"}
+    names = {stream: name for stream, name in names.items() if stream in r.out.streams}
+    states = {n: r.gathered("stages_1", "stages_2") if s == FUSED else r.states("stages_0", s) for s, n in names.items()}
+    if "caption" in batch:
+        states["decoder"] = r.states("stages_3", "caption")
     return {
-        **{f"{name}_output": r.out.streams[stream].values for stream, name in names.items() if stream in r.out.streams},
-        **{f"{name}_pooled": r.out.pooled[stream] for stream, name in names.items() if stream in r.out.streams},
+        **{f"{name}_output": r.out.streams[stream].values for stream, name in names.items()},
+        **{f"{name}_pooled": r.out.pooled[stream] for stream, name in names.items()},
         "decoder_scores": r.out.logits.get("captioning") if "caption" in batch else None,
+        **{f"{name}_hidden_states": tuple(left) for name, left in states.items()},
     }
 
 

@@ -178,18 +178,21 @@ def fields(r: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _forward(run: Runner, c: VilbertConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """With `output_all_encoded_layers`, as published, the sequences and what is pooled of them end at the last co-attention."""
-    batch = read(inputs)
-    result = fields(run(batch), inputs)
+    batch, stages = read(inputs), 2 * len(c.spans) - 1
+    r = run(batch)
+    result = fields(r, inputs)
+    for name in batch:
+        left = [state for i in range(stages) for state in r.after(f"stages_{i}", name)]
+        result[f"{name}_hidden_states"] = (r.intermediates["states"][name], *left)
     if result["prediction_scores_v"] is not None and "image_target" in inputs:
         only(c, visual_target=(0, 1))  # 2 draws other regions by chance
         scores, target = result["prediction_scores_v"][:, 1:], inputs["image_target"]  # the whole image has no target
         away = kl_divergence(scores, target) if c.visual_target == 0 else regression_loss(scores, target)
         result["masked_img_loss"] = masked_mean(away, inputs["image_label"] == 1)[None]
     if "output_all_encoded_layers" in inputs:
-        count = 2 * (len(c.spans) - 1)
-        r = run(batch, stages=count)
+        r = run(batch, stages=stages - 1)
         for name, letter in (("text", "t"), ("image", "v")):
-            left = [r.after(f"stages_{i}", name)[-1] for i in range(1, count, 2)]
+            left = [r.after(f"stages_{i}", name)[-1] for i in range(1, stages - 1, 2)]
             result[f"encoded_layers_{letter}"] = tuple(left)
             result[f"sequence_output_{letter}"], result[f"pooled_output_{letter}"] = left[-1], r.out.pooled[name]
     return result
