@@ -308,6 +308,16 @@ def test_joint_that_sees_only_itself_is_per_stream_with_shared_weights(rng):
     )
 
 
+def test_what_shared_layers_leave_is_told_stream_by_stream(rng):
+    streams, stage = make_streams(rng, (4, 3)), PerStream(2, BLOCK, share=True)
+    (params,) = init_stages([stage], streams, rng)
+    inside = jax.jit(lambda s: stage.apply({"params": params}, s, mutable=["intermediates"])[1]["intermediates"])
+    left = inside(streams)
+    for name in streams:
+        expected = inside({name: streams[name]})["shared"]["layers"]["states"]
+        np.testing.assert_allclose(left[name]["layers"]["states"], expected, atol=1e-6)
+
+
 def test_visibility_says_who_is_seen(rng):
     """A text that sees the image, an image that sees only itself, and an audio that sees the text."""
     stage = Joint(2, BLOCK, sees={"image": (), "text": ("image",), "audio": ("text",)})

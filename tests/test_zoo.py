@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -354,6 +355,31 @@ def test_what_is_inside_is_returned_or_refused_by_name(name):
         assert str(error).startswith(f"{name}: it returns no attentions; call it without output_attentions=True")
         inside = asked(output_hidden_states=True)
     assert any("hidden_states.1" in n for n in inside)
+
+
+LAST = {  # families whose originals have no such outputs -> those that end with the last state
+    "ALBEFMultimodalEncoder": {"hidden_states": "last_hidden_state"},
+    "InterBERT": {"text_hidden_states": "sequence_output_t", "image_hidden_states": "sequence_output_v"},
+    "UNITER": {"hidden_states": "sequence_output"},
+    "UniVL": {
+        "text_hidden_states": "text_output",
+        "visual_hidden_states": "visual_output",
+        "cross_hidden_states": "cross_output",
+    },
+    "ViLBERT": {"text_hidden_states": "sequence_output_t", "image_hidden_states": "sequence_output_v"},
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_states_end_with_what_comes_out(name):
+    """Post-norm, so that the last layer's are the outputs; those before differ from it and from each other."""
+    folder = PUBLISHED[0].parent / name
+    pretrained = mmx.load_pretrained(folder, family=golden.CLASSES[golden.class_of(folder)].family)
+    fields = pretrained(**golden.given(folder), output_hidden_states=True)
+    for inside, output in LAST[name].items():
+        states = fields[inside]
+        np.testing.assert_allclose(states[-1], fields[output], atol=1e-5)
+        assert all(np.abs(a - b).max() > 1e-2 for a, b in itertools.combinations(states, 2))
 
 
 def test_the_loss_of_classes():
@@ -1002,7 +1028,8 @@ def test_hero_reads_clip_by_clip_and_then_along_time(tmp_path, rng):
     entered = transform(np.where(given["c_v_masks"][..., None], t["v_encoder.mask_embedding.weight"][1], videos))
     for i, frames in enumerate(frame_of):
         own = read(i)
-        np.testing.assert_allclose(found["sequence_output"][i, : len(own)], own, atol=1e-4)
+        for answer in (found["sequence_output"], found["clip_hidden_states"][-1]):
+            np.testing.assert_allclose(answer[i, : len(own)], own, atol=1e-4)
         entered[video_of[i], frames] += own[: len(frames)]
     np.testing.assert_allclose(found["transformed_c_v_feats"], entered, atol=1e-4)
     left = along_time(entered)

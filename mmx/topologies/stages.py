@@ -125,7 +125,7 @@ class PerStream(Stage):
             read = dataclasses.replace(tokens, causal=tokens.causal or name in self.causal)
             new[name] = dataclasses.replace(tokens, values=stacks[owner](tokens.values, sight({name: read})))
             if self.share:  # the next stream's states take the place of these
-                sow_states(self, stacks[owner].variables.get("intermediates", {}), name)
+                sow_states(self, jax.tree.map(lambda x: x, stacks[owner].variables.get("intermediates", {})), name)
         return new
 
 
