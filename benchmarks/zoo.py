@@ -28,10 +28,11 @@ import numpy as np
 import optax
 
 import mmx
+from mmx.model import abstract_params
 from mmx.parallel import MeshConfig, make_mesh, shardings
 from mmx.train import TrainState, compile_step, train_step
 from mmx.zoo import build, configuration, save_pretrained
-from mmx.zoo.pretrained import Pretrained, abstract_params
+from mmx.zoo.pretrained import Pretrained
 
 ADAMW = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DEPTH = 12  # no model has more layers: mmx without a scan over them, as on the other sides

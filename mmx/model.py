@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from mmx.errors import InputError, unknown
 from mmx.heads import Projection, mean_pool, stream_of
 from mmx.layers import BlockConfig
-from mmx.layers.stack import sow_states
+from mmx.layers.stack import shapes_only, sow_states
 from mmx.modalities.masking import token_mask
 from mmx.topologies import Stage, make_topology
-from mmx.topologies.stage import check_names, fill_block
+from mmx.topologies.stage import change_block, check_names, fill_block
 from mmx.types import Batch, Masked, Outputs, Scored, Streams, Tokens
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
@@ -215,9 +215,21 @@ def example_batch(model: MultimodalTransformer, batch_size: int = 2) -> dict[str
     return {name: m.example(batch_size) for name, m in model.modalities.items()}  # type: ignore[attr-defined]
 
 
+def abstract_params(model: MultimodalTransformer) -> Any:
+    """The shapes of a model's parameters; nothing is computed."""
+    with shapes_only():
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
+
+
 def count_parameters(params: Any) -> int:
     """The number of parameters, of arrays or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def change_blocks(model: MultimodalTransformer, **run: Any) -> MultimodalTransformer:
+    """The model with fields of its blocks changed; those that are None stay."""
+    fields = {name: value for name, value in run.items() if value is not None}
+    return model.clone(stages=tuple(change_block(stage, **fields) for stage in model.stages)) if fields else model
 
 
 def _fill(module: nn.Module, **values: Any) -> nn.Module:

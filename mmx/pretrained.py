@@ -12,16 +12,18 @@ from jax.sharding import Mesh
 from mmx.data import Tokenizer
 from mmx.errors import InputError, writing
 from mmx.modalities import Ids
-from mmx.model import MultimodalTransformer
+from mmx.model import MultimodalTransformer, abstract_params, change_blocks
 from mmx.parallel import MeshConfig, make_mesh, shardings
 from mmx.train import make_optimizer, make_state
 from mmx.train.checkpoint import Checkpoints, find_checkpoint
 from mmx.train.experiment import Experiment, Published, from_json, to_json
 from mmx.train.folder import RunFolder, load_run
-from mmx.zoo import weights as weight_files
+from mmx.zoo import tensors
 from mmx.zoo.config import read_fields
 from mmx.zoo.family import Family, Runner
-from mmx.zoo.pretrained import Pretrained, abstract_params, as_published, change_blocks, load_published
+from mmx.zoo.folders import as_published, load_published
+from mmx.zoo.pretrained import Pretrained
+from mmx.zoo.weights import Table, flat, resolve
 
 MODEL_TYPE = "mmx"
 TOKENIZER = "tokenizer.json"
@@ -126,10 +128,10 @@ def _load_saved(folder: Path, mesh: Mesh | None, dtype: str | None, **run: Any) 
     experiment = from_json(read_fields(folder / "config.json")["experiment"])
     model = _changed(experiment, experiment.build_model(), dtype, **run)
     shapes = abstract_params(model)
-    tensors = weight_files.Tensors(folder)
-    weights = weight_files.resolve(_table(shapes), shapes)
-    weight_files.check(weights, shapes, tensors, (), {})
-    params = weight_files.read(weights, shapes, tensors, {}, None if mesh is None else shardings(mesh, shapes))
+    stored = tensors.Tensors(folder)
+    weights = resolve(_table(shapes), shapes)
+    tensors.check(weights, shapes, stored, (), {})
+    params = tensors.read(weights, shapes, stored, {}, None if mesh is None else shardings(mesh, shapes))
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     return _own(experiment, model, params, tokenizer)
 
@@ -163,9 +165,9 @@ class _OwnSteps:
         return batch
 
 
-def _table(params: Any) -> weight_files.Table:
+def _table(params: Any) -> Table:
     """Our own names, with dots."""
-    return {path.replace("/", "."): path for path in weight_files.flat(params)}
+    return {path.replace("/", "."): path for path in flat(params)}
 
 
 def _forward(run: Runner, config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mmx.flops import count_flops
-from mmx.model import MultimodalTransformer, count_parameters, example_batch
+from mmx.model import MultimodalTransformer, abstract_params, count_parameters, example_batch
 from mmx.topologies import Stage
 from mmx.zoo.weights import flat
 
@@ -103,7 +103,7 @@ def profile(model: str | MultimodalTransformer, *, heads: Sequence[str] = (), **
 
         model = create_model(model, heads=heads, **fields)
     batch = jax.eval_shape(lambda: example_batch(model, 1))
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model, 1)))["params"]
+    params = abstract_params(model)
 
     def cost(model: MultimodalTransformer, *names: str) -> int:
         return count_flops(lambda p, b: model.apply({"params": p}, b), params, {n: batch[n] for n in names})

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate import Missing
-from mmx.model import count_parameters, example_batch
+from mmx.model import abstract_params, count_parameters, example_batch
 from mmx.objectives import Captioning
 from mmx.topologies import BEYOND, TOPOLOGIES
 from mmx.train import Experiment, Task, run
@@ -101,7 +101,7 @@ def cost(experiment: Experiment) -> tuple[int, int]:
     """Parameters, and FLOPs of a training step by the rule of `mmx.flops`; nothing is computed."""
     task = Task(experiment.build_model(), experiment.active_objectives)
     batch = jax.eval_shape(lambda: example_batch(task.model, experiment.batch_size))
-    params = jax.eval_shape(lambda b: task.model.init(jax.random.key(0), b), batch)["params"]
+    params = abstract_params(task.model)
     return count_parameters(params), task.flops(params, batch)
 
 

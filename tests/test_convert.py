@@ -16,12 +16,12 @@ import mmx
 from mmx import cli
 from mmx.convert import Convert, convert
 from mmx.errors import InputError
+from mmx.model import abstract_params
 from mmx.objectives import Contrastive
 from mmx.pretrained import _own
 from mmx.train.experiment import Published, from_json
 from mmx.train.loop import run
 from mmx.zoo import Pretrained, configuration
-from mmx.zoo.pretrained import abstract_params
 
 PUBLISHED = Path(__file__).parent / "published"
 

@@ -60,10 +60,11 @@ def test_what_is_remembered_is_what_is_computed_again(rng, case):
     image = mmx.Masked(rng.integers(0, 255, (3, 8, 8, 3), np.uint8), np.asarray([True, True, False]))
     ids, slots = rng.integers(0, 11, (3, LENGTH)), np.asarray([[0, -1, 3, -1, -1, -1, -1]] * 3)
     whole = {"image": image, "text": {"ids": ids, "slots": {"image": slots}} if case == "inserted" else ids}
-    expected = model.apply({"params": params}, whole, ("text",)).logits["captioning"]
+    read = jax.jit(lambda batch: model.apply({"params": params}, batch, ("text",), mutable=["cache"]))
+    expected = read(whole)[0].logits["captioning"]
     known = np.where(np.arange(LENGTH) < 3, ids, 0)
     prompt = {**whole, "text": {**whole["text"], "ids": known} if case == "inserted" else known}
-    out, cache = model.apply({"params": params}, prompt, ("text",), mutable=["cache"])
+    out, cache = read(prompt)
     np.testing.assert_allclose(out.logits["captioning"][:, :3], expected[:, :3], atol=2e-5)
 
     @jax.jit
@@ -80,6 +81,12 @@ def test_what_is_remembered_is_what_is_computed_again(rng, case):
 @pytest.mark.parametrize("name", NEVER)
 def test_where_nothing_can_be_remembered_all_is_computed_again(name):
     assert not mmx.build_model({"text": Ids(11, LENGTH)}, name, width=16, depth=2, heads=2).caches
+
+
+def test_attention_that_streams_share_remembers_nothing():
+    """It is called for one stream after the other, and would know the last one's keys."""
+    assert not PerStream(1, share=True).caches and not Cross(1, share=("self",)).caches and not Cross(1, share=("cross",)).caches
+    assert PerStream(1).caches and Cross(1, share=("mlp",)).caches
 
 
 def test_a_token_costs_what_one_token_costs():
@@ -268,14 +275,18 @@ T5 = HERE / "published" / "T5ForConditionalGeneration"
 SEARCHES = json.loads((HERE / "generation.json").read_text())  # of transformers 5.23: 4 beams, the best 2, 8 new ids
 
 
+SOME, MORE = ((0, 1.0), (0, 0.0), (1, 2.0)), ((1, 1.0), (1, 0.0), (0, 2.0))  # which end, length penalty
+
+
+@pytest.mark.parametrize("cases", [SOME, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
 @pytest.mark.parametrize(("name", "ends"), [("GPT2LMHeadModel", (5, 17)), ("T5ForConditionalGeneration", (1, 9))])
-def test_searches_are_those_of_the_reference(name, ends):
+def test_searches_are_those_of_the_reference(name, ends, cases):
     """Sentences and their scores by end and length penalty; and greedily with a repetition penalty and a least length."""
     pretrained = mmx.load_pretrained(HERE / "published" / name)
     given = safetensors.numpy.load_file(HERE / "published" / name / "inputs.safetensors")
     ids = given.get("generate.input_ids", given["input_ids"])
     prompt = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    for end, penalty in [(end, penalty) for end in ends for penalty in (1.0, 0.0, 2.0)]:
+    for end, penalty in ((ends[which], penalty) for which, penalty in cases):
         decoding = mmx.Decoding(beams=4, best=2, length_penalty=penalty, end=(end,))
         found, expected = pretrained.generate(8, decoding, **prompt), SEARCHES[name]
         _same(found["sequences"], np.asarray(expected[f"{end}.{penalty}.ids"]), (end,))
@@ -309,12 +320,12 @@ def test_draws_come_from_the_likeliest(rng):
 
 def test_prompts_of_different_lengths_and_what_is_allowed(rng):
     """Each row goes on behind its own prompt as if it were alone; a rule may forbid ids."""
-    model, params = build("multi_to_one")
+    model, params = build("early_concatenation")
     given = {"image": rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
     ids, sizes = rng.integers(0, 11, (3, 4)), np.asarray([1, 4, 2])
     prompt = mmx.Masked(ids, np.arange(4) < sizes[:, None])
     found = mmx.generate(model, params, given, length=LENGTH, prompt=prompt)
-    for row, size in enumerate(sizes):
+    for row, size in ((0, 1), (2, 2)):
         alone = mmx.Masked(ids[row : row + 1, :size], np.ones((1, size), bool))
         expected = mmx.generate(model, params, {"image": given["image"][row : row + 1]}, length=LENGTH, prompt=alone)
         np.testing.assert_array_equal(found[row], expected[0])
@@ -337,7 +348,7 @@ def test_wrong_decodings_are_refused(fields, message):
 
 
 def test_drawing_wants_a_key(rng):
-    model, params = build("multi_to_one")
+    model, params = build("early_concatenation")
     given = {"image": np.zeros((2, 8, 8, 3), np.uint8)}
     with pytest.raises(InputError, match="give a key"):
         mmx.generate(model, params, given, length=4, begin=1, decoding=mmx.Decoding(temperature=1.0))

@@ -1,6 +1,7 @@
 """Attention, blocks and stacks against NumPy, and under masks."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -150,16 +151,22 @@ def test_scores_may_be_divided_by_the_number_of_the_layer(rng):
     np.testing.assert_allclose(stack.apply({"params": params}, x), expected, atol=1e-6)
 
 
-def stack_output(config, x, key=None, depth=3):
-    stack, weights = Stack(depth, config), jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+@functools.lru_cache
+def stack_program(config, depth, drops):
+    """Compiled once for every test that asks for the same."""
+    stack = Stack(depth, config)
 
-    @jax.jit
-    def run(x):
+    def run(x, key):
+        weights = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
         params = stack.init(jax.random.key(0), x)["params"]
-        rngs = None if key is None else {"dropout": key}
+        rngs = {"dropout": key} if drops else None
         return jax.value_and_grad(lambda p: (stack.apply({"params": p}, x, rngs=rngs) * weights).sum())(params)
 
-    return run(x)
+    return jax.jit(run)
+
+
+def stack_output(config, x, key=None, depth=3):
+    return stack_program(config, depth, key is not None)(x, key)
 
 
 def test_unrolling_and_remat_change_nothing(rng):

@@ -8,8 +8,8 @@ import golden
 import safetensors
 
 import mmx
+from mmx.model import abstract_params
 from mmx.zoo import FAMILIES, NAMES, pages
-from mmx.zoo.pretrained import abstract_params
 
 PAGES = Path(__file__).parent.parent / "docs" / "models.md"
 PUBLISHED = Path(__file__).parent / "published"

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -18,10 +19,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import mmx
 from mmx.errors import InputError
 from mmx.modalities import Ids
-from mmx.zoo import FAMILIES, build, open_clip, preprocess, timm
+from mmx.zoo import FAMILIES, build, preprocess
+from mmx.zoo.config import override
 from mmx.zoo.preprocess import ImageSteps, read_images, read_sounds
+from mmx.zoo.sentencepiece import sentence_pieces
 from mmx.zoo.sounds import FilterBankSteps, LogMelSteps
-from mmx.zoo.tokenizer import Texts, read_texts, sentence_pieces
+from mmx.zoo.texts import Texts
+from mmx.zoo.tokenizer import read_texts
+from mmx.zoo.transforms import open_clip_images, timm_images
 
 HERE = Path(__file__).parent / "preprocessing"
 TEXTS = ["A man is eating food.", "The Transformer reads images, words and sounds.", "Ünïcode — naïve café 東京!"]
@@ -59,7 +64,7 @@ def test_images_of_several_sizes(name, tmp_path):
 def test_images_as_other_libraries_make_them(name):
     fields = json.loads((HERE / "libraries.json").read_text())[name]
     image = safetensors.numpy.load_file(HERE / "images.safetensors")["image"]
-    steps = {"open_clip": open_clip, "timm": timm}[name.partition(".")[0]].images(fields)
+    steps = {"open_clip": open_clip_images, "timm": timm_images}[name.partition(".")[0]](fields)
     assert steps is not None
     made = steps([image])["pixel_values"][0]
     np.testing.assert_allclose(made, safetensors.numpy.load_file(HERE / "libraries.safetensors")[name], atol=1e-5)
@@ -234,6 +239,57 @@ def test_what_stands_behind_a_vocabulary(tmp_path):
     assert llava is not None
     ids = llava(["<image>a<more>", "a"])["input_ids"]
     assert list(ids[0, :2]) == [1, 600] and 602 in ids[0] and list(ids[1, 2:]) == [601] * (ids.shape[1] - 2)
+
+
+PLACED = json.loads((HERE / "placed.json").read_text())
+PROMPTS = {
+    "several": (["USER: <image> A man is eating. ASSISTANT:", "<image><image> A man. <image>"], 4),
+    "front": (["A man is eating.", "a man"], 2),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_images_have_their_places_in_texts(case, tmp_path):
+    """As many `<image>` as an image has tokens; PaliGemma's text begins behind the last one, or behind one for each text."""
+    name, kind = case.split(".")
+    _folder(tmp_path, {"llava": "llama", "paligemma": "gemma"}[name])
+    (tmp_path / "added_tokens.json").write_text('{"<image>": 600}')
+    (tmp_path / "preprocessor_config.json").write_text((HERE / "Siglip.json").read_text())
+    family, (texts, count) = FAMILIES[name], PROMPTS[kind]
+    config = override(family.config(), {"image_token_index": 600, "vision_config": {"patch_size": 12}})
+    images = [np.full((24, 24, 3), 9 * i, np.uint8) for i in range(count)]
+    steps = preprocess.read(tmp_path, 64, family.texts, video=False, sound=None)
+    assert steps.images is not None and family.places is not None and family.check is not None
+    own = dataclasses.replace(steps.images, size=(24, 24))
+    steps = dataclasses.replace(steps, images=own, places=family.places(config))
+    made = steps(texts=texts, images=images)
+    assert set(made) == {*PLACED[case], "pixel_values"}
+    for field, expected in PLACED[case].items():
+        np.testing.assert_array_equal(made[field], expected, err_msg=field)
+    family.check(config, made)
+    with pytest.raises(InputError, match=f"texts: .* times <image> in all, but {count + 1} images"):
+        steps(texts=texts, images=[*images, images[0]])
+    with pytest.raises(InputError, match="the tokenizer has <image> as 600, its configuration as 32000"):
+        dataclasses.replace(steps, places=dataclasses.replace(steps.places, token=32000))(texts=texts, images=images)
+
+
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"])
+def test_prompts_with_images_go_into_generate(name, tmp_path):
+    """What a folder makes of them, by its files alone."""
+    shutil.copytree(HERE.parent / "published" / name, tmp_path, dirs_exist_ok=True)
+    token = json.loads((tmp_path / "config.json").read_text())["image_token_index"]
+    words = {"<s>": 0, "<bos>": 1, "<pad>": 2, "</s>": 3, "a": 4, "man": 5, "<image>": token}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<image>", "<bos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fields = json.loads((HERE / "Siglip.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**fields, "size": {"height": 16, "width": 16}}))
+    pretrained = mmx.load_pretrained(tmp_path)
+    made = pretrained.preprocess(texts=["<image> a man", "<image> a"], images=[np.zeros((20, 20, 3), np.uint8)] * 2)
+    assert (made["input_ids"] == token).sum(1).tolist() == [4, 4]
+    out = jax.eval_shape(lambda: pretrained.generate(2, **made))
+    assert out["sequences"].shape == (2, made["input_ids"].shape[1] + 2)
 
 
 def test_every_family_that_reads_texts_has_its_rules():

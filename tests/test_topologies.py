@@ -1,6 +1,7 @@
 """Properties every topology has, for any number of streams, lengths, masks and absences."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -27,7 +28,6 @@ from mmx.topologies import (
     Insert,
     Joint,
     Latent,
-    Norm,
     PerStream,
     Pool,
     Scatter,
@@ -57,24 +57,53 @@ def make_streams(rng, lengths, masked=True):
     return streams
 
 
-def apply_stages(stages, params, streams):
-    @jax.jit
-    def run(params, leaves):
-        out = dict(zip(streams, leaves, strict=True))  # in their own order: jit sorts the keys of a dict
-        for stage, variables in zip(stages, params, strict=True):
-            out = stage.apply({"params": variables}, out)
-        return out
+class Same(tuple):
+    """Stages, equal where each is the very same object: their fields cannot be hashed."""
 
-    return run(params, list(streams.values()))
+    def __hash__(self):
+        return hash(tuple(map(id, self)))
+
+    def __eq__(self, other):
+        return [*map(id, self)] == [*map(id, other)]
+
+
+@functools.lru_cache(maxsize=16)
+def program(run, stages, names):
+    """`run(stages, streams, params)`, compiled once for the same stages and streams."""
+    # In their own order: jit sorts the keys of a dict.
+    return jax.jit(lambda params, leaves: run(stages, dict(zip(names, leaves, strict=True)), params))
+
+
+def _apply(stages, streams, params):
+    for stage, variables in zip(stages, params, strict=True):
+        streams = stage.apply({"params": variables}, streams)
+    return streams
+
+
+def _gradient(stages, streams, params):
+    def loss(params):
+        here = {n: jnp.where(t.dense_mask[..., None], t.values, 0) for n, t in _apply(stages, streams, params).items()}
+        return sum(jnp.square(x).sum() for x in here.values()), here
+
+    (_, here), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return here, gradient
+
+
+def apply_stages(stages, params, streams):
+    return program(_apply, Same(stages), tuple(streams))(params, list(streams.values()))
+
+
+def outputs_and_gradient(stages, params, streams):
+    """The tokens that exist, and the gradient of the sum of their squares."""
+    return program(_gradient, Same(stages), tuple(streams))(params, list(streams.values()))
 
 
 def init_stages(stages, streams, rng):
     params = []
     for stage in stages:
-        shapes = jax.eval_shape(stage.init, jax.random.key(0), streams).get("params", {})
-        variables = jax.tree.map(lambda p: 0.4 * rng.standard_normal(p.shape).astype(np.float32), shapes)
-        params.append(variables)
-        streams = jax.eval_shape(lambda s, v=variables, stage=stage: stage.apply({"params": v}, s), streams)
+        streams, variables = jax.eval_shape(lambda s, stage=stage: stage.init_with_output(jax.random.key(0), s), streams)
+        shapes = variables.get("params", {})
+        params.append(jax.tree.map(lambda p: 0.4 * rng.standard_normal(p.shape).astype(np.float32), shapes))
     return params
 
 
@@ -87,24 +116,6 @@ def same(a, b, atol=2e-5):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=atol)
-
-
-def outputs_and_gradient(stages, params, streams):
-    """The tokens that exist, and the gradient of the sum of their squares."""
-
-    @jax.jit
-    def run(params, leaves):
-        def loss(params):
-            out = dict(zip(streams, leaves, strict=True))
-            for stage, variables in zip(stages, params, strict=True):
-                out = stage.apply({"params": variables}, out)
-            here = {name: jnp.where(t.dense_mask[..., None], t.values, 0) for name, t in out.items()}
-            return sum(jnp.square(x).sum() for x in here.values()), here
-
-        (_, here), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return here, gradient
-
-    return run(params, list(streams.values()))
 
 
 @pytest.mark.parametrize("topology", EVERY)
@@ -295,6 +306,16 @@ def test_joint_that_sees_only_itself_is_per_stream_with_shared_weights(rng):
         at_mask(apply_stages([joint], [params], streams)),
         at_mask(apply_stages([separate], [{"shared": params["stack"]}], streams)),
     )
+
+
+def test_what_shared_layers_leave_is_told_stream_by_stream(rng):
+    streams, stage = make_streams(rng, (4, 3)), PerStream(2, BLOCK, share=True)
+    (params,) = init_stages([stage], streams, rng)
+    inside = jax.jit(lambda s: stage.apply({"params": params}, s, mutable=["intermediates"])[1]["intermediates"])
+    left = inside(streams)
+    for name in streams:
+        expected = inside({name: streams[name]})["shared"]["layers"]["states"]
+        np.testing.assert_allclose(left[name]["layers"]["states"], expected, atol=1e-6)
 
 
 def test_visibility_says_who_is_seen(rng):
@@ -760,16 +781,6 @@ def test_gathering_is_the_formula(rng):
     np.testing.assert_allclose(added[0], np.asarray(params["params"]["position"])[[0, 1, 2, 3, 3]], atol=1e-6)
 
 
-def test_one_norm_for_all_streams(rng):
-    streams = make_streams(rng, (3, 4))
-    stage = Norm(block=BLOCK)
-    params = {"norm": {"scale": rng.standard_normal(8).astype("f"), "bias": rng.standard_normal(8).astype("f")}}
-    for name, tokens in stage.apply({"params": params}, streams).items():
-        x = streams[name].values
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + BLOCK.eps)
-        np.testing.assert_allclose(tokens.values, x * params["norm"]["scale"] + params["norm"]["bias"], atol=1e-5)
-
-
 def test_latent_tokens_leave_and_answer_at_learned_places(rng):
     """Blocks gone through again are the same layers twice; a stream that is not answered ends; widths are as they come."""
     streams = {name: Tokens(rng.standard_normal((2, 4, 6)).astype("f")) for name in ("image", "text")}
@@ -812,12 +823,14 @@ def test_every_layer_may_have_relative_positions_of_its_own(stage, rng):
 
 
 def test_a_norm_for_each_stream_that_is_named(rng):
-    streams, stage = make_streams(rng, (2, 3)), Norm({"text": 1e-6})
+    streams, stage = make_streams(rng, (2, 3)), Adapt(norm={"text": 1e-6})
     params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), stage.init(jax.random.key(0), streams))
     out, x, p = stage.apply(params, streams), streams["text"].values, params["params"]["text_norm"]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
     np.testing.assert_allclose(out["text"].values, x, atol=1e-5)
-    assert out["image"] is streams["image"]
+    assert set(params["params"]) == {"text_norm"} and out["image"].values is streams["image"].values
+    with pytest.raises(InputError, match="one norm have one eps"):
+        Adapt(norm={"text": 1e-6}, share=True).apply({}, streams)
 
 
 def test_relative_positions_on_a_grid(rng):
@@ -1055,7 +1068,7 @@ def test_wrong_topologies_are_refused():
         (Pool("txet", 2, 4), "Pool.stream: .* did you mean 'text'"),
         (Adapt(("txet",)), "Adapt.streams: .* did you mean 'text'"),
         (Gather(norm_beside="imag"), "Gather.norm_beside: .* did you mean 'image'"),
-        (Norm({"imag": 1e-5}), "Norm.eps: .* did you mean 'image'"),
+        (Adapt(norm={"imag": 1e-5}), "Adapt.norm: .* did you mean 'image'"),
         (Latent(1, queries={"txet": 3}), "Latent.queries: .* did you mean 'text'"),
         (Sum({"txet": 2.0}), "Sum.weights: .* did you mean 'text'"),
         (Bridge(1, towers={"imag": True}), "Bridge.towers: .* did you mean 'image'"),

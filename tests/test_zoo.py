@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -18,15 +19,17 @@ import safetensors.numpy
 
 import mmx
 from mmx.errors import InputError
+from mmx.model import abstract_params
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import FAMILIES, NAMES, Pretrained, build, configuration
 from mmx.zoo.config import override, parse
 from mmx.zoo.family import Chosen
+from mmx.zoo.folders import _names
 from mmx.zoo.loss import class_loss
 from mmx.zoo.pages import counts_of
-from mmx.zoo.pretrained import _names
-from mmx.zoo.weights import INDEX, flat, resolve, write
+from mmx.zoo.tensors import INDEX, write
+from mmx.zoo.weights import flat, resolve
 
 COUNTS = counts_of((Path(__file__).parent.parent / "docs" / "models.md").read_text())
 PUBLISHED = sorted(path for path in (Path(__file__).parent / "published").iterdir())
@@ -74,7 +77,7 @@ def test_every_named_model_builds_at_full_size(name):
     """Through shapes only; every parameter has a published name."""
     family, config = configuration(name)
     model = mmx.create_model(name, heads=tuple(family.heads))
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    params = abstract_params(model)
     named = {weight.path for weight in resolve(family.table(config), params)}
     assert set(flat(params)) == named
     bare = mmx.create_model(name)
@@ -104,11 +107,11 @@ def test_weights_in_several_files(tmp_path):
 
 
 def test_weights_that_were_there_before_are_read_no_more(tmp_path):
-    """Several files are written over by one, and by fewer; what is not of this layout stays."""
+    """One file is written over by several, these by fewer, and by one; what is not of this layout stays."""
     pretrained = mmx.load_pretrained(BERT)
-    mmx.save_pretrained(tmp_path, pretrained, shard=20_000)
+    mmx.save_pretrained(tmp_path, pretrained)
     (tmp_path / "model-card.safetensors").write_bytes(b"")
-    for shard, factor in ((60_000, 2.0), (1 << 30, 3.0)):
+    for shard, factor in ((20_000, 1.5), (60_000, 2.0), (1 << 30, 3.0)):
         other = dataclasses.replace(pretrained, params=jax.tree.map(lambda x, factor=factor: factor * x, pretrained.params))
         mmx.save_pretrained(tmp_path, other, shard=shard)
         jax.tree.map(np.testing.assert_array_equal, mmx.load_pretrained(tmp_path).params, other.params)
@@ -123,7 +126,7 @@ def _random(folder, **fields):
     source = mmx.load_pretrained(folder)
     config = override(source.config, fields)
     model = build(source.family, config, source.heads, "float32")
-    shapes, random = mmx.zoo.pretrained.abstract_params(model), np.random.default_rng(0)
+    shapes, random = abstract_params(model), np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), "float32"), shapes)
     return dataclasses.replace(source, model=model, params=params, config=config)
 
@@ -313,6 +316,72 @@ def test_weights_of_attention():
         mmx.load_pretrained(T5)(**golden.given(T5), output_attentions=True)
 
 
+RECORDED: dict[str | None, Path] = {}
+for _folder in PUBLISHED:
+    _config = _folder / "config.json"
+    _told = json.loads(_config.read_text()).get("model_type") if _config.exists() else None
+    if _folder.name != "PerceiverForMaskedLM":  # whose bare model reads what is embedded already
+        RECORDED.setdefault(golden.CLASSES.get(golden.class_of(_folder), golden.Class()).family or _told, _folder)
+_IDS = {"input_ids": np.ones((2, 5), np.int32)}
+UNRECORDED = {
+    **dict.fromkeys(("clip_text_model", "gemma", "llama", "roberta", "xlm-roberta", "videobert"), _IDS),
+    "clip_vision_model": {"pixel_values": np.ones((1, 3, 224, 224), np.float32)},
+    "hero": {"f_sub_input_ids": np.ones((2, 5), np.int32), "f_v_feats": np.ones((2, 3, 4352), np.float32)},
+}
+OF_HEADS = {"flava": "input_ids$", "univl": "decoder"}  # beside labels and targets, inputs that the bare model does not take
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_inside_is_returned_or_refused_by_name(name):
+    """Of every family's bare model, by shapes alone: no call that asks for states or attentions gets an answer without them."""
+    family = FAMILIES[name]
+    if name in UNRECORDED:
+        config, given = (configuration(next(iter(family.names)))[1] if family.names else family.config()), UNRECORDED[name]
+    else:
+        config = mmx.load_pretrained(RECORDED[name], family=name, heads=()).config
+        unread = re.compile(f"{OF_HEADS.get(name, 'ans$')}|ans$|.*(label|target)")
+        given = {n: x for n, x in golden.given(RECORDED[name]).items() if not unread.match(n)}
+    model = build(family, config, (), "float32")
+    pretrained = Pretrained(model, abstract_params(model), config, family)
+
+    def asked(**flags):
+        fields = golden.flatten(jax.eval_shape(lambda p: pretrained.apply(p, **flags, **given), pretrained.params))
+        return [n for n in fields if re.search(r"(hidden_states|attentions)\.\d", n)]
+
+    try:
+        inside = asked(output_hidden_states=True, output_attentions=True)
+        assert any("attentions." in n for n in inside)
+    except InputError as error:
+        assert str(error).startswith(f"{name}: it returns no attentions; call it without output_attentions=True")
+        inside = asked(output_hidden_states=True)
+    assert any("hidden_states.1" in n for n in inside)
+
+
+LAST = {  # families whose originals have no such outputs -> those that end with the last state
+    "ALBEFMultimodalEncoder": {"hidden_states": "last_hidden_state"},
+    "InterBERT": {"text_hidden_states": "sequence_output_t", "image_hidden_states": "sequence_output_v"},
+    "UNITER": {"hidden_states": "sequence_output"},
+    "UniVL": {
+        "text_hidden_states": "text_output",
+        "visual_hidden_states": "visual_output",
+        "cross_hidden_states": "cross_output",
+    },
+    "ViLBERT": {"text_hidden_states": "sequence_output_t", "image_hidden_states": "sequence_output_v"},
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_states_end_with_what_comes_out(name):
+    """Post-norm, so that the last layer's are the outputs; those before differ from it and from each other."""
+    folder = PUBLISHED[0].parent / name
+    pretrained = mmx.load_pretrained(folder, family=golden.CLASSES[golden.class_of(folder)].family)
+    fields = pretrained(**golden.given(folder), output_hidden_states=True)
+    for inside, output in LAST[name].items():
+        states = fields[inside]
+        np.testing.assert_allclose(states[-1], fields[output], atol=1e-5)
+        assert all(np.abs(a - b).max() > 1e-2 for a, b in itertools.combinations(states, 2))
+
+
 def test_the_loss_of_classes():
     """By the published `problem_type`, told or seen, against its formula; labels that do not fit it are named."""
     rng = np.random.default_rng(0)
@@ -422,7 +491,7 @@ def test_roberta_counts_places_over_what_is_no_padding(tmp_path):
 
 def _shapes(name, heads=(), **fields):
     model = mmx.create_model(name, heads=heads, **fields)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    return abstract_params(model)
 
 
 def test_names():
@@ -897,8 +966,8 @@ def test_hero_reads_clip_by_clip_and_then_along_time(tmp_path, rng):
     part = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 9}
     parts = {"f_config": {**part, "num_hidden_layers": 2, "vocab_size": 30}, "c_config": {**part, "num_hidden_layers": 1}}
     family, config = configuration("hero-base", **parts, vfeat_dim=5, max_frm_seq_len=4, max_clip_len=6)
-    model = mmx.zoo.pretrained.build(family, config, tuple(family.heads), "float32")
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model)))["params"]
+    model = build(family, config, tuple(family.heads), "float32")
+    params = abstract_params(model)
     params = jax.tree.map(lambda p: (0.5 * rng.standard_normal(p.shape)).astype("f"), params)
     mmx.save_pretrained(tmp_path, Pretrained(model, params, config, family, tuple(family.heads)))
     fields = json.loads((tmp_path / "config.json").read_text())
@@ -959,7 +1028,8 @@ def test_hero_reads_clip_by_clip_and_then_along_time(tmp_path, rng):
     entered = transform(np.where(given["c_v_masks"][..., None], t["v_encoder.mask_embedding.weight"][1], videos))
     for i, frames in enumerate(frame_of):
         own = read(i)
-        np.testing.assert_allclose(found["sequence_output"][i, : len(own)], own, atol=1e-4)
+        for answer in (found["sequence_output"], found["clip_hidden_states"][-1]):
+            np.testing.assert_allclose(answer[i, : len(own)], own, atol=1e-4)
         entered[video_of[i], frames] += own[: len(frames)]
     np.testing.assert_allclose(found["transformed_c_v_feats"], entered, atol=1e-4)
     left = along_time(entered)

@@ -1,8 +1,10 @@
 """A stack of equal layers: scanned, so that compile time does not grow with depth, and rematerialised on request."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +22,21 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 CACHE = "cache"  # the collection of keys and values of what was read and written before
 LEFT = ("intermediates", "attentions", CACHE)  # collections of what layers leave for who wants to look
 
+_ONCE: contextvars.ContextVar[bool] = contextvars.ContextVar("once", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Here layers are traced once when parameters are made: enough for their shapes, and the random numbers are others.
+
+    Else Flax traces them twice, to check what leaves the scan, and counts its random keys on from one time to the other.
+    """
+    token = _ONCE.set(True)
+    try:
+        yield
+    finally:
+        _ONCE.reset(token)
+
 
 def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Callable[..., Any]:
     """Returns `layer` repeated `depth` times: parameters get a leading axis `layers`, inputs other than the first are shared.
@@ -30,7 +47,8 @@ def scan_layers(layer: type[nn.Module], depth: int, config: BlockConfig) -> Call
     if config.remat != "none":
         layer = nn.remat(layer, prevent_cse=one_by_one, policy=POLICIES[config.remat])
     split = {"variable_axes": {"params": 0, **dict.fromkeys(LEFT, 0)}, "split_rngs": {"params": True, "dropout": True}}
-    begun = nn.scan(layer, **split, in_axes=(0, nn.broadcast), length=depth, unroll=config.unroll)  # type: ignore[arg-type]
+    once = {"check_constancy_invariants": not _ONCE.get(), "length": depth, "unroll": config.unroll}
+    begun = nn.scan(layer, **split, in_axes=(0, nn.broadcast), **once)  # type: ignore[arg-type]
 
     def make(*fields: Any, name: str) -> Callable[..., Any]:
         module, single = begun(*fields, name=name), layer(*fields, parent=None)

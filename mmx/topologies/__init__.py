@@ -16,7 +16,7 @@ from mmx.topologies.cross_attention import cross_attention
 from mmx.topologies.cross_to_concatenation import cross_to_concatenation
 from mmx.topologies.early_concatenation import early_concatenation
 from mmx.topologies.early_summation import early_summation
-from mmx.topologies.gather import Gather, Norm
+from mmx.topologies.gather import Gather
 from mmx.topologies.insert import Insert, Scatter
 from mmx.topologies.latent import latent
 from mmx.topologies.latents import Bottleneck, Latent
@@ -60,7 +60,6 @@ __all__ = [
     "Insert",
     "Joint",
     "Latent",
-    "Norm",
     "PerStream",
     "Pool",
     "Scatter",

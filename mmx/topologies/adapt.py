@@ -1,6 +1,7 @@
 """The stage that makes streams fit for what comes next."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -32,20 +33,20 @@ class Adapt(Stage):
         positions: how many learned ones there are (HERO); "counted": sines and cosines of the place, counted from 1, and none
             for a token whose first number is 0, which counts as padding and is seen all the same (MulT). None: no positions.
         type: whether there is a vector for each stream, which tells it from others (BridgeTower).
-        norm: eps of a LayerNorm; None: no norm.
+        norm: eps of a LayerNorm, one number or one for each stream (a stream that is not named has no norm); None: no norm.
         share: one set of weights for all of them, types and positions aside, instead of one each.
         drop: how many tokens in front, or, below 0, at the end stay behind, such as class tokens that are not for others (CoCa).
         unmask: whether the tokens that were masked are seen from here on, as by CoCa's decoder.
     """
 
-    NAMING: ClassVar[tuple[str, ...]] = ("streams",)
+    NAMING: ClassVar[tuple[str, ...]] = ("streams", "norm")
 
     streams: tuple[str, ...] | None = None
     width: int | None = None
     scale: float = 1.0
     positions: int | str | None = None
     type: bool = False
-    norm: float | None = None
+    norm: float | Mapping[str, float] | None = None
     share: bool = False
     drop: int = 0
     unmask: bool = False
@@ -57,6 +58,8 @@ class Adapt(Stage):
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
         new, modules = dict(streams), {}
+        if self.share and isinstance(self.norm, Mapping):
+            raise InputError(f"Adapt.norm={dict(self.norm)}: streams that share one norm have one eps; give a number")
         sow_states(self, {name: tokens.values for name, tokens in streams.items()}, "entered")
         for name, tokens in streams.items():
             if self.streams is not None and name not in self.streams:
@@ -72,10 +75,11 @@ class Adapt(Stage):
             x = x if places is None else x + places.astype(x.dtype)
             if self.type:
                 x = x + self.param(f"{name}_type_bias", INITIAL, (x.shape[-1],)).astype(x.dtype)
-            if self.norm is not None:
+            eps = self.norm.get(name) if isinstance(self.norm, Mapping) else self.norm
+            if eps is not None:
                 norms = modules.setdefault("norm", {})
                 if owner not in norms:
-                    norms[owner] = make_norm("layer", self.norm, x.dtype, f"{owner}_norm")
+                    norms[owner] = make_norm("layer", eps, x.dtype, f"{owner}_norm")
                 x = norms[owner](x)
             new[name] = self._choose(dataclasses.replace(tokens, values=x))
         sow_states(self, {name: tokens.values for name, tokens in new.items()})

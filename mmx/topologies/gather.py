@@ -1,17 +1,16 @@
-"""Between other stages: streams put into one beside themselves, and norms where no stack has one."""
+"""Between other stages: streams put into one, beside themselves or in their place."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.layers import BlockConfig, make_norm
+from mmx.layers import make_norm
 from mmx.layers.products import INITIAL, Dense
 from mmx.layers.stack import sow_states
-from mmx.topologies.stage import Stage, concatenate, given
+from mmx.topologies.stage import Stage, concatenate
 from mmx.topologies.stages import FUSED
 from mmx.types import Streams, Tokens
 
@@ -81,30 +80,3 @@ class Gather(Stage):
         if self.type:
             x = x + self.param(f"{name}_type_bias", INITIAL, (width,)).astype(x.dtype)
         return dataclasses.replace(tokens, values=x)
-
-
-class Norm(Stage):
-    """A norm: a LayerNorm for each stream that `eps` names (FLAVA), or one for all, of the block's kind and eps (MBT).
-
-    Z_m = norm_m(Z_m)
-    """
-
-    NAMING: ClassVar[tuple[str, ...]] = ("eps",)
-
-    eps: Mapping[str, float] | None = None
-    block: BlockConfig | None = None
-
-    @property
-    def caches(self) -> bool:
-        return True
-
-    @nn.compact
-    def __call__(self, streams: Streams) -> Streams:
-        dtypes = {name: tokens.values.dtype for name, tokens in streams.items()}
-        if self.eps is None:
-            block = given(self.block, self)
-            norms = dict.fromkeys(streams, make_norm(block.norm_kind, block.eps, block.dtype, "norm"))
-        else:
-            norms = {n: make_norm("layer", eps, dtypes[n], f"{n}_norm") for n, eps in self.eps.items() if n in streams}
-        new = {n: dataclasses.replace(streams[n], values=norm(streams[n].values)) for n, norm in norms.items()}  # type: ignore
-        return streams | new

@@ -47,7 +47,7 @@ class Stage(nn.Module):
 
 
 def caches(sublayers: str) -> bool:
-    """Whether layers of this word remember keys and values."""
+    """Whether layers of this word remember keys and values; those that streams share would those of the last one only."""
     return {*sublayers.split()} <= {"self", "cross", "mlp"}
 
 

@@ -104,7 +104,7 @@ class PerStream(Stage):
 
     @property
     def caches(self) -> bool:
-        return caches(self.sublayers)
+        return not self.share and caches(self.sublayers)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:
@@ -124,6 +124,8 @@ class PerStream(Stage):
             tokens = fit(tokens, stacks[owner].config.width, name)
             read = dataclasses.replace(tokens, causal=tokens.causal or name in self.causal)
             new[name] = dataclasses.replace(tokens, values=stacks[owner](tokens.values, sight({name: read})))
+            if self.share:  # the next stream's states take the place of these
+                sow_states(self, jax.tree.map(lambda x: x, stacks[owner].variables.get("intermediates", {})), name)
         return new
 
 
@@ -214,7 +216,7 @@ class Cross(Stage):
 
     @property
     def caches(self) -> bool:
-        return not self.together and caches(self.sublayers)
+        return not self.together and not {"self", "cross"} & {*self.share} and caches(self.sublayers)
 
     @nn.compact
     def __call__(self, streams: Streams) -> Streams:

@@ -14,8 +14,9 @@ from typing import Any
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
 from mmx.zoo.config import override, parse
-from mmx.zoo.family import Family
-from mmx.zoo.pretrained import Pretrained, build, load_published, save_pretrained
+from mmx.zoo.family import Family, build
+from mmx.zoo.folders import load_published, save_pretrained
+from mmx.zoo.pretrained import Pretrained
 from mmx.zoo.transplant import transplant
 
 MODULES = (  # one for each family, or for several close kin

@@ -7,15 +7,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from mmx.heads import Pooler
 from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross
-from mmx.types import Masked
 from mmx.zoo.config import activation
-from mmx.zoo.family import Family, Runner
+from mmx.zoo.family import Family, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
 TEXT, IMAGE = 512, 1024  # most tokens; no parameter depends on them
@@ -44,12 +41,6 @@ class ALBEFConfig:
     transform_act_fn: str = "gelu"
 
 
-def embedded(tokens: Any, mask: Any) -> Masked:
-    """Tokens `(B, L, D)` that another network embedded, and which exist, as a raw value of `Features`."""
-    mask = jnp.ones(tokens.shape[:2], bool) if mask is None else mask != 0
-    return Masked(tokens, mask, keep=True)
-
-
 def _build(c: ALBEFConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     return build_model(
         {
@@ -76,13 +67,14 @@ def _table(c: ALBEFConfig) -> Table:
 def _forward(run: Runner, c: ALBEFConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     r = run(
         {
-            "text": embedded(inputs["hidden_states"], inputs.get("attention_mask")),
-            "image": embedded(inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask")),
+            "text": padded_features(inputs["hidden_states"], inputs.get("attention_mask")),
+            "image": padded_features(inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask")),
         }
     )
     return {
         "last_hidden_state": r.out.streams["text"].values,
-        "layer_output": tuple(r.intermediates["stages_0"]["layers"]["states"]["text"]),
+        "hidden_states": tuple(r.states("stages_0", "text")),
+        "layer_output": tuple(r.after("stages_0", "text")),
     }
 
 

@@ -13,12 +13,12 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import timm
-from mmx.zoo.config import Classes, Pixels, activation, only
-from mmx.zoo.family import Family, Runner, channels_last, pair, told_by_pooler
+from mmx.zoo.config import Classes, Pixels, activation, only, sized
+from mmx.zoo.family import Family, Runner, channels_last, grid, pair, told_by_pooler
 from mmx.zoo.loss import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
-from mmx.zoo.vit import RENAMED
-from mmx.zoo.weights import Table, convolution, layers, reshaped
+from mmx.zoo.vit import RENAMED, embeddings_table
+from mmx.zoo.weights import Table, layers, reshaped
 
 LAYER: Table = {**VIT_LAYER, "lambda_1": "self_scale", "lambda_2": "mlp_scale"}
 
@@ -39,15 +39,11 @@ class BeitConfig(Classes, Pixels):
     add_pooling_layer: bool = True  # an argument of the published class; here it lies beside the fields
 
 
-def _grid(c: BeitConfig) -> tuple[int, int]:
-    return tuple(s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))  # type: ignore[return-value]
-
-
 def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     shared = c.use_shared_relative_position_bias
     if shared:
         only(c, use_relative_position_bias=False)
-    rows, columns = _grid(c)  # the tables are published as if it was turned, and read as if resampled
+    rows, columns = grid(c)  # the tables are published as if it was turned, and read as if resampled
     image = Patches(
         pair(c.image_size),
         pair(c.patch_size),
@@ -86,14 +82,12 @@ def _build(c: BeitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
 
 
 def _table(c: BeitConfig) -> Table:
-    rows, columns = _grid(c)
+    rows, columns = grid(c)
     bias = ((2 * rows - 1) * (2 * columns - 1) + 3, c.num_attention_heads)
     relative = "relative_position_bias.relative_position_bias_table"
     return {
-        "beit.embeddings.cls_token": reshaped("modalities_image/special", 1, 1, c.hidden_size),
+        **embeddings_table("beit.embeddings", c),
         "beit.embeddings.mask_token": reshaped("modalities_image/mask_token", 1, 1, c.hidden_size),
-        "beit.embeddings.position_embeddings": reshaped("modalities_image/position", 1, rows * columns + 1, c.hidden_size),
-        "beit.embeddings.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
         **layers("beit.encoder.layer.{}", "stages_0/image/layers/block", LAYER),
         "beit.encoder.layer.{}.attention.attention." + relative: reshaped("stages_0/image/layers/relative/bias", *bias),
         "beit.encoder." + relative: reshaped("stages_0/image/relative/bias", *bias),
@@ -133,14 +127,7 @@ def _forward(run: Runner, c: BeitConfig, inputs: Mapping[str, Any]) -> dict[str,
 
 
 _BASE = {"use_relative_position_bias": True}
-_LARGE = {
-    **_BASE,
-    "num_hidden_layers": 24,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "layer_scale_init_value": 1e-5,
-}
+_LARGE = sized(24, 1024, 16, **_BASE, layer_scale_init_value=1e-5)
 _PRETRAINING = {
     "use_mask_token": True,
     "use_relative_position_bias": False,

@@ -198,8 +198,11 @@ def _forward(run: Runner, c: Beit3Config, inputs: Mapping[str, Any]) -> dict[str
     if not r.out.embeddings or r.out.logits:  # no retrieval, for which each is read alone
         fields["encoder_out"] = jnp.concatenate([r.out.streams[name].values for name in batch], 1)
         fields["hidden_states"] = tuple(r.states("stages_0", *batch))
-    for name, alone in (("image", "vision_cls"), ("text", "language_cls")) if r.out.embeddings else ():
-        fields[alone] = run({name: batch[name]}).out.embeddings[name] if name in batch else None
+    for name, kind in (("image", "vision"), ("text", "language")) if r.out.embeddings else ():
+        if name in batch:
+            alone = run({name: batch[name]})
+            fields[f"{kind}_cls"] = alone.out.embeddings[name]
+            fields[f"{kind}_hidden_states"] = tuple(alone.states("stages_0", name))
     if r.out.embeddings and len(batch) == 2:
         scale: Any = r.out.logit_scale
         fields["logits_per_image"] = scale * fields["vision_cls"] @ fields["language_cls"].T

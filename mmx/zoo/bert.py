@@ -10,10 +10,10 @@ from mmx.heads import Classifier, Pooler, TiedDecoder
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import Words, activation, only
+from mmx.zoo.config import Words, activation, only, sized
 from mmx.zoo.family import Family, Run, Runner, padded, told_by_pooler
 from mmx.zoo.loss import token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 LAYER: Table = {  # of every model that copied BERT's
@@ -181,17 +181,6 @@ def _forward(run: Runner, c: BertConfig, inputs: Mapping[str, Any]) -> dict[str,
         "attentions": tuple(r.attentions("stages_0", "text")),
         "prediction_logits" if both else "logits": words if words is not None else relation,
         "seq_relationship_logits": relation if both else None,
-    }
-
-
-def sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
-    """The fields of a size whose MLP is four times as wide."""
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        **more,
     }
 
 

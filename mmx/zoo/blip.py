@@ -18,7 +18,7 @@ from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert, clip, vit
-from mmx.zoo.config import Layers, Pixels, only
+from mmx.zoo.config import Layers, Pixels, only, sized
 from mmx.zoo.family import Family, Generation, Runner, channels_last, padded
 from mmx.zoo.weights import Table, convolution, fused, layers, reshaped
 
@@ -166,7 +166,7 @@ def _forward(run: Runner, c: BlipConfig, inputs: Mapping[str, Any]) -> dict[str,
 _BASE = {"text_config": {"num_attention_heads": 12}}
 _LARGE = {
     "text_config": {"num_attention_heads": 12, "encoder_hidden_size": 1024},
-    "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "vision_config": sized(24, 1024, 16),
 }
 _RETRIEVAL = {"architectures": RETRIEVAL}
 FAMILIES = (

@@ -16,9 +16,9 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Cross, Stage
 from mmx.zoo import bert
-from mmx.zoo.albef import IMAGE, TEXT, embedded
+from mmx.zoo.albef import IMAGE, TEXT
 from mmx.zoo.config import Layers, only
-from mmx.zoo.family import Family, Run, Runner
+from mmx.zoo.family import Family, Run, Runner, padded_features
 from mmx.zoo.weights import Table, layers
 
 QUERIES = 512  # most of them; no parameter depends on it
@@ -121,9 +121,9 @@ def _forward(run: Runner, c: Blip2QFormerConfig, inputs: Mapping[str, Any]) -> d
     count = inputs.get("query_length", given.shape[1])
     parts = {"query": slice(0, count), "text": slice(count, None)}
     parts = {name: part for name, part in parts.items() if given[:, part].shape[1]}
-    batch = {name: embedded(given[:, part], None if mask is None else mask[:, part]) for name, part in parts.items()}
+    batch = {name: padded_features(given[:, part], None if mask is None else mask[:, part]) for name, part in parts.items()}
     if "encoder_hidden_states" in inputs:
-        batch["image"] = embedded(inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask"))
+        batch["image"] = padded_features(inputs["encoder_hidden_states"], inputs.get("encoder_attention_mask"))
     r = run(batch)
     states = [_states(r, c, name) for name in parts]
     joined = tuple(jnp.concatenate(each, 1) for each in zip(*states, strict=True))

@@ -12,20 +12,12 @@ from mmx.layers import BlockConfig
 from mmx.losses import cross_entropy
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Bridge, PerStream
-from mmx.zoo import bert, blip, clip, roberta
-from mmx.zoo.config import Words, activation, only
+from mmx.zoo import bert, blip, clip, open_clip, roberta
+from mmx.zoo.config import Words, activation, only, sized
 from mmx.zoo.family import Family, Run, Runner, channels_last
 from mmx.zoo.loss import token_loss
-from mmx.zoo.siglip import attention_table
 from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
 
-IMAGE_LAYER: Table = {
-    **attention_table("attn", "self"),
-    "ln_1": "self_norm",
-    "mlp.c_fc": "mlp/up",
-    "mlp.c_proj": "mlp/down",
-    "ln_2": "mlp_norm",
-}
 STREAMS = ("text", "image")
 TEXT_POOLER = "text-pooler"  # the tower's own: stored, and read by no published class
 IGNORED = ("token_type_ids", "pixel_mask", "image_token_type_idx", "interpolate_pos_encoding")  # published, and change nothing
@@ -193,7 +185,7 @@ def _table(c: BridgeTowerConfig) -> Table:
         f"{visual}.embeddings.patch_embedding": convolution("modalities_image/patch", *(image.patch_size,) * 2),
         f"{visual}.embeddings.position_embedding.weight": "modalities_image/position",
         f"{visual}.ln_pre": "modalities_image/norm",
-        **layers(visual + ".transformer.resblocks.{}", "stages_0/image/layers/block", IMAGE_LAYER),
+        **layers(visual + ".transformer.resblocks.{}", "stages_0/image/layers/block", open_clip.BLOCK),
         f"{visual}.ln_post": "stages_1/image_tower_norm",
         "bridgetower.token_type_embeddings.weight": Layout(
             tuple(f"stages_1/{stream}_type_bias" for stream in STREAMS), shape=(1, c.hidden_size)
@@ -269,7 +261,7 @@ def _contrastive(space: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 _LARGE = {
     "hidden_size": 1024,
-    "text_config": bert.sized(24, 1024, 16),
+    "text_config": sized(24, 1024, 16),
     "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 294},
 }
 FAMILIES = (

@@ -12,10 +12,10 @@ from mmx.modalities import Ids, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.topologies.stage import given
-from mmx.zoo import open_clip
-from mmx.zoo.config import Pixels, activation
+from mmx.zoo import open_clip, open_clip_names
+from mmx.zoo.config import Pixels, activation, sized
 from mmx.zoo.family import Family, Run, Runner, channels_last, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 LAYER: Table = {
@@ -248,21 +248,8 @@ def _forward_text(run: Runner, c: CLIPTextConfig, inputs: Mapping[str, Any]) -> 
     return stream_fields(run({"text": padded(inputs["input_ids"], inputs.get("attention_mask"))}), "text")
 
 
-def _text(layers: int, width: int, heads: int) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "projection_dim": width,
-    }
-
-
-def _vision(layers: int, width: int, heads: int, patch: int, size: int = 224) -> dict[str, Any]:
-    return _text(layers, width, heads) | {"patch_size": patch, "image_size": size}
-
-
-_LARGE = {"text_config": _text(12, 768, 12), "projection_dim": 768}
+_LARGE = {"text_config": sized(12, 768, 12, projection_dim=768), "projection_dim": 768}
+_IMAGE = sized(24, 1024, 16, projection_dim=1024, patch_size=14)
 TEXTS = Texts("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", full=True, word_end="</w>")
 FAMILIES = (
     Family(
@@ -274,9 +261,9 @@ FAMILIES = (
         names={
             "clip-vit-base-patch32": {},
             "clip-vit-base-patch16": {"vision_config": {"patch_size": 16}},
-            "clip-vit-large-patch14": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14)},
-            "clip-vit-large-patch14-336": {**_LARGE, "vision_config": _vision(24, 1024, 16, 14, 336)},
-            **open_clip.clip_names(),
+            "clip-vit-large-patch14": {**_LARGE, "vision_config": _IMAGE},
+            "clip-vit-large-patch14-336": {**_LARGE, "vision_config": {**_IMAGE, "image_size": 336}},
+            **open_clip_names.clip_names(),
         },
         known=(r"position_ids$",),
         libraries=(open_clip.CLIP,),

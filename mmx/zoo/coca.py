@@ -20,7 +20,8 @@ from mmx.types import Masked
 from mmx.zoo import clip, open_clip
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner, channels_last, pair
-from mmx.zoo.open_clip import EPS, ModelConfig, TextConfig
+from mmx.zoo.open_clip import EPS
+from mmx.zoo.open_clip_config import ModelConfig, TextConfig
 from mmx.zoo.weights import Table, attention_table, layers, reshaped
 
 CAPTION_WEIGHT = 2.0  # of the caption's loss beside the contrastive one's 1 (arXiv 2205.01917, 4.1)
@@ -176,11 +177,14 @@ def _forward(run: Runner, c: CoCaConfig, inputs: Mapping[str, Any]) -> dict[str,
     for name in batch:
         fields[f"{name}_features"] = r.out.embeddings[name]
         fields[f"{name}_features_raw"] = r.intermediates[f"projections_{name}"]["features"]
-    entered = r.intermediates[f"stages_{2 if c.vision_cfg.attentional_pool else 1}"]["entered"]
+    first = 2 if c.vision_cfg.attentional_pool else 1
+    entered = r.intermediates[f"stages_{first}"]["entered"]
+    fields |= {f"{name}_hidden_states": tuple(r.states("stages_0", name)) for name in batch}
     if "image" in batch:
         fields["image_embs"] = entered["image"][:, 1:]
     if ids is not None:
         fields["text_token_embs"] = entered["text"][:, :-1]
+        fields["decoder_hidden_states"] = (entered["text"][:, :-1], *r.after(f"stages_{first + 2}", "text"))
     logits = r.out.logits.get("captioning")
     if "image" in batch and ids is not None:
         image, text = r.out.embeddings["image"], r.out.embeddings["text"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmx.errors import InputError, unknown
+from mmx.zoo.ignored import WITHOUT_EFFECT
 
 Config = TypeVar("Config")
 
@@ -26,194 +27,6 @@ ACTIVATION = {  # published name -> ours
     "swish": "silu",
     "tanh": "tanh",
 }
-
-# Fields that change nothing in what a model computes: how it was trained, started, stored, called or decoded. Where a name means
-# nothing to one family only, its configuration lists it in `without_effect`.
-WITHOUT_EFFECT = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_label_trainable_num_channels",
-        "_name_or_path",
-        "_num_labels",
-        "activation_dropout",
-        "add_bias_logits",
-        "add_cross_attention",
-        "alignment_heads",
-        "apply_spec_augment",
-        "aggregation_labels",
-        "aggregation_loss_weight",
-        "aggregation_temperature",
-        "allow_empty_column_selection",
-        "answer_loss_cutoff",
-        "answer_loss_importance",
-        "add_fpn",
-        "architectures",
-        "attention_dropout",
-        "attention_dropout_rate",
-        "attention_probs_dropout_prob",
-        "attn_pdrop",
-        "audio_samples_per_frame",
-        "auto_map",
-        "average_approximation_function",
-        "average_logits_per_cell",
-        "auxiliary_channels",
-        "auxiliary_concat_input",
-        "auxiliary_loss_weight",
-        "auxiliary_num_convs",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bi_attention_type",
-        "bi_intermediate_size",
-        "bos_token_id",
-        "cell_selection_preference",
-        "chunk_size_feed_forward",
-        "classifier_proj_size",
-        "classif_dropout",
-        "classifier_dropout",
-        "conv_layer",
-        "cross_attention_hidden_size",
-        "custom_text",
-        "decoder_start_token_id",
-        "decoder_layerdrop",
-        "directionality",
-        "disable_per_token_loss",
-        "diversity_penalty",
-        "do_sample",
-        "dropout",
-        "dropout_rate",
-        "dtype",
-        "early_stopping",
-        "embd_pdrop",
-        "encoder_layerdrop",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "feat_extract_dropout",
-        "extra_pos_embeddings",
-        "finetuning_task",
-        "fixed_t_layer",
-        "fixed_v_layer",
-        "forced_bos_token_id",
-        "forced_decoder_ids",
-        "forced_eos_token_id",
-        "ignore_index",
-        "image_seq_length",
-        "global_backprop_contrastive",
-        "gradient_checkpointing",
-        "hidden_dropout_prob",
-        "huber_loss_delta",
-        "id2label",
-        "init_std",
-        "image_codebook_config",
-        "init_cell_selection_weights_to_zero",
-        "init_codebook",
-        "initializer_factor",
-        "initializer_range",
-        "intra_gate",
-        "is_decoder",
-        "is_encoder_decoder",
-        "kernel_init_method",
-        "label2id",
-        "layerdrop",
-        "length_penalty",
-        "mask_feature_length",
-        "mask_feature_min_masks",
-        "mask_feature_prob",
-        "mask_time_length",
-        "mask_time_min_masks",
-        "mask_time_prob",
-        "max_length",
-        "median_filter_width",
-        "max_num_columns",
-        "max_num_rows",
-        "max_region_length",
-        "max_seq_length",
-        "min_length",
-        "model_dtype_str",
-        "model_type",
-        "n_ctx",
-        "no_aggregation_label_index",
-        "no_repeat_ngram_size",
-        "num_aggregation_labels",
-        "num_beam_groups",
-        "num_beams",
-        "num_image_tokens",
-        "num_return_sequences",
-        "out_features",
-        "out_indices",
-        "num_negative",
-        "objective",
-        "output_attentions",
-        "output_hidden_states",
-        "output_num_channels",
-        "output_past",
-        "output_scores",
-        "output_shape",
-        "pad_token_id",
-        "pool_scales",
-        "pooler_fc_size",
-        "pooler_num_attention_heads",
-        "pooler_num_fc_layers",
-        "pooler_size_per_head",
-        "pooler_type",
-        "positive_label_weight",
-        "pooling_method",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "reference_class",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "reshape_hidden_states",
-        "resid_pdrop",
-        "return_dict",
-        "return_dict_in_generate",
-        "select_one_column",
-        "return_preclassifier",
-        "return_prelogits",
-        "samples_per_patch",
-        "second_input_size",
-        "semantic_loss_ignore_index",
-        "sep_token_id",
-        "stage_names",
-        "stochastic_droplayer_rate",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "text_config_dict",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "train_size",
-        "transformers_version",
-        "typical_p",
-        "use_answer_as_supervision",
-        "use_auxiliary_head",
-        "use_bfloat16",
-        "use_cache",
-        "use_weighted_layer_sum",
-        "use_gumbel_for_aggregation",
-        "use_gumbel_for_cells",
-        "use_normalized_answer_loss",
-        "vision_config_dict",
-        "v_attention_probs_dropout_prob",
-        "v_hidden_dropout_prob",
-        "v_initializer_range",
-        "visualization",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +50,15 @@ class Words(Layers):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unsaid(Words):
+    """Likewise, of code in which the eps of every norm is BERT's, and no field tells it."""
+
+    @property
+    def layer_norm_eps(self) -> float:
+        return 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
 class Pixels(Layers):
     """Those of an encoder of images of ViT's kind."""
 
@@ -251,6 +73,12 @@ class Classes:
 
     num_labels: int = 2
     problem_type: str | None = None  # which `mmx.zoo.loss.class_loss`; None: what the labels look like
+
+
+def sized(layers: int, width: int, heads: int, mlp: int | None = None, **more: Any) -> dict[str, Any]:
+    """The fields of `Layers` of one size; an MLP that is not told is four times as wide."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": mlp or 4 * width, **more}
 
 
 def activation(name: str, field: str = "hidden_act") -> str:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.errors import InputError
-from mmx.model import MultimodalTransformer
+from mmx.errors import InputError, unknown
+from mmx.model import MultimodalTransformer, change_blocks
 from mmx.topologies import FUSED
 from mmx.types import Batch, Masked, Outputs
 from mmx.zoo.preprocess import ImageSteps
 from mmx.zoo.sounds import SoundSteps
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import ImagePlaces, Texts
 from mmx.zoo.weights import Table
 
 REGIONS = 512  # the most an image may have, of models that read regions; published ones know no limit
@@ -152,6 +152,7 @@ class Family:
         generation: how it writes; None: it does not.
         texts: how it reads texts, where its files do not tell, or `config -> how`; None: it reads none.
         length: `config -> longest text`; None: it reads none.
+        places: `config -> how texts keep places for images`; None: they keep none.
         inputs: its inputs -> what they are called that are prepared of raw values, where they differ; "not NAME": the opposite
             of a mask.
         video: whether it reads videos, and not images.
@@ -175,6 +176,7 @@ class Family:
     generation: Generation | None = None
     texts: Texts | Callable[[Any], Texts | None] | None = None
     length: Callable[[Any], int | None] | None = None
+    places: Callable[[Any], ImagePlaces] | None = None
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     video: bool = False
     sound: type[SoundSteps] | None = None
@@ -210,6 +212,17 @@ class Family:
         )
 
 
+def build(family: Family, config: Any, heads: Sequence[str], dtype: str, **run: Any) -> MultimodalTransformer:
+    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None.
+
+    What was published as the temperature is the temperature: no limit is put on it.
+    """
+    for head in heads:
+        if head not in family.heads:
+            raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
+    return change_blocks(family.build(config, tuple(heads), dtype).clone(max_logit_scale=None), **run)
+
+
 def told_by_pooler(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """Whether the model has a pooler, which only the weights tell: bare classes are made with and without it.
 
@@ -226,9 +239,10 @@ def padded(ids: Any, mask: Any = None, **beside: Any) -> Masked:
 
 
 def padded_features(features: Any, mask: Any = None, **beside: Any) -> Masked:
-    """Published features `(B, L, size)`, such as those of regions, and their mask as a raw value, like `padded`."""
+    """Published features `(B, L, size)`, of regions or such as other networks embedded, and their mask, like `padded`."""
+    raw = {"features": features, **beside} if beside else features
     mask = jnp.ones(features.shape[:2], bool) if mask is None else mask != 0
-    return Masked({"features": features, **beside}, mask, keep=True)
+    return Masked(raw, mask, keep=True)
 
 
 def channels_last(pixels: Any) -> Any:
@@ -241,6 +255,12 @@ def channels_last(pixels: Any) -> Any:
 def pair(size: int | tuple) -> tuple[int, int]:
     """(height, width) of a published size, which is a number for a square."""
     return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+
+
+def grid(c: Any) -> tuple[int, int]:
+    """(rows, columns) of the patches that an image of a configuration is cut to."""
+    (height, width), (rows, columns) = pair(c.image_size), pair(c.patch_size)
+    return height // rows, width // columns
 
 
 def as_batch(batch: Batch) -> dict[str, Any]:

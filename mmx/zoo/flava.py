@@ -12,11 +12,11 @@ from mmx.heads import Classifier, Pooler, Projection, TokenClassifier
 from mmx.layers import BlockConfig
 from mmx.losses import cross_entropy, masked_mean
 from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import FUSED, Gather, Norm, PerStream
+from mmx.topologies import FUSED, Adapt, Gather, PerStream
 from mmx.zoo import bert, vit
 from mmx.zoo.config import Layers, Pixels, Words, activation, only
 from mmx.zoo.family import Chosen, Family, Run, Runner, channels_last
-from mmx.zoo.weights import Table, convolution, layers, reshaped
+from mmx.zoo.weights import Table, layers, reshaped
 
 LOGIT_SCALE = (1.0, float(np.exp(4.6052)))  # where the original keeps the inverse temperature
 
@@ -99,7 +99,7 @@ def _build(c: FlavaConfig, heads: Sequence[str], dtype: str) -> MultimodalTransf
         (
             PerStream({name: t.num_hidden_layers for name, t in _towers(c)}, blocks),
             Gather(keep=True, width=joint.hidden_size, project=True, special=("class",) if joint.use_cls_token else ()),
-            Norm({name: t.layer_norm_eps for name, t in _towers(c)}),
+            Adapt(norm={name: t.layer_norm_eps for name, t in _towers(c)}),
             PerStream({FUSED: joint.num_hidden_layers}),
         ),
         width=joint.hidden_size,
@@ -118,16 +118,9 @@ def _towers(c: FlavaConfig) -> tuple[tuple[str, Any], ...]:
 
 def _table(c: FlavaConfig) -> Table:
     image = c.image_config
-    height, width = (s // p for s, p in zip(vit.pair(image.image_size), vit.pair(image.patch_size), strict=True))
     table: dict[str, Any] = {
         "flava.logit_scale": "logit_scale",
-        "flava.image_model.embeddings.position_embeddings": reshaped(
-            "modalities_image/position", 1, height * width + 1, image.hidden_size
-        ),
-        "flava.image_model.embeddings.patch_embeddings.projection": convolution(
-            "modalities_image/patch", *vit.pair(image.patch_size)
-        ),
-        "flava.image_model.embeddings.cls_token": reshaped("modalities_image/special", 1, 1, image.hidden_size),
+        **vit.embeddings_table("flava.image_model.embeddings", image),
         **bert.embeddings_table("flava.text_model.embeddings", "modalities_text"),
         **layers("flava.multimodal_model.encoder.layer.{}", f"stages_3/{FUSED}/layers/block", vit.LAYER),
         "flava.multimodal_model.layernorm": f"stages_3/{FUSED}/norm",

@@ -7,7 +7,7 @@ from typing import Any
 from mmx.layers import BlockConfig
 from mmx.model import MultimodalTransformer
 from mmx.zoo import llama
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import activation, only, sized
 from mmx.zoo.family import Family, Generation, Runner
 from mmx.zoo.weights import Table
 
@@ -65,7 +65,7 @@ FAMILIES = (
         _build,
         _table,
         _forward,
-        names={"gemma-2b": llama.sized(18, 2048, 8, 16384, num_key_value_heads=1), "gemma-7b": {}},
+        names={"gemma-2b": sized(18, 2048, 8, 16384, num_key_value_heads=1), "gemma-7b": {}},
         heads={"captioning": "model."},
         prefix="model",
         texts=TEXTS,

@@ -11,25 +11,21 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmx.heads import TokenClassifier
-from mmx.modalities import Ids, Patches
+from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream
 from mmx.zoo import bert, clip
-from mmx.zoo.config import Layers, Pixels, only
+from mmx.zoo.config import Layers, only, sized
 from mmx.zoo.family import Family, Generation, Runner, channels_last, padded
 from mmx.zoo.loss import token_loss
-from mmx.zoo.weights import Table, convolution, layers, reshaped
+from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class GitVisionConfig(Pixels):
-    """The published fields of GIT's image tower."""
+class GitVisionConfig(clip.CLIPVisionConfig):
+    """The published fields of GIT's image tower, CLIP's."""
 
-    image_size: int = 224
     patch_size: int = 16
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +48,7 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
     scores = TokenClassifier(c.vocab_size, None, transform=False, tied="text" if c.tie_word_embeddings else None)
     return build_model(
         {
-            "image": Patches(
-                (image.image_size,) * 2,
-                (image.patch_size, image.patch_size),
-                image.num_channels,
-                width=image.hidden_size,
-                bias=False,
-                special=("class",),
-                special_position=True,
-                norm=image.layer_norm_eps,
-                resize=True,
-                crop=True,
-            ),
+            "image": clip.image_embedder(image),
             "text": Ids(c.vocab_size, c.max_position_embeddings, width=c.hidden_size, norm=c.layer_norm_eps),
         },
         (
@@ -80,13 +65,9 @@ def _build(c: GitConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
 
 
 def _table(c: GitConfig) -> Table:
-    image, tower = c.vision_config, "git.image_encoder.vision_model"
+    tower = "git.image_encoder.vision_model"
     return {
-        f"{tower}.embeddings.class_embedding": reshaped("modalities_image/special", image.hidden_size),
-        f"{tower}.embeddings.patch_embedding": convolution("modalities_image/patch", *(image.patch_size,) * 2),
-        f"{tower}.embeddings.position_embedding.weight": "modalities_image/position",
-        f"{tower}.pre_layrnorm": "modalities_image/norm",
-        **layers(f"{tower}.encoder.layers.{{}}", "stages_0/image/layers/block", clip.LAYER),
+        **clip.image_table(tower, c.vision_config),
         f"{tower}.post_layernorm": "stages_0/image/norm",
         "git.visual_projection.visual_projection.0": "stages_1/image_project",
         "git.visual_projection.visual_projection.1": "stages_1/image_norm",
@@ -126,8 +107,7 @@ def _forward(run: Runner, c: GitConfig, inputs: Mapping[str, Any]) -> dict[str, 
 
 
 def _large(size: int = 224) -> dict[str, Any]:
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return {"vision_config": {**sizes, "patch_size": 14, "image_size": size}}
+    return {"vision_config": sized(24, 1024, 16, patch_size=14, image_size=size)}
 
 
 _CAPTIONS, _QUESTIONS = ("", "-coco", "-textcaps"), ("-vqav2", "-textvqa")

@@ -11,7 +11,7 @@ from mmx.topologies import PerStream
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Generation, Runner, padded
 from mmx.zoo.loss import token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, conv1d, layers
 
 LAYER: Table = {

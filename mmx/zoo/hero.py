@@ -18,10 +18,10 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Adapt, Joint, PerStream, Scatter
 from mmx.zoo import bert
 from mmx.zoo.config import Words, activation, only, override
-from mmx.zoo.family import Family, Runner, padded, padded_features
+from mmx.zoo.family import Family, Run, Runner, padded, padded_features
 from mmx.zoo.loss import token_loss
+from mmx.zoo.order import Order
 from mmx.zoo.roberta import places
-from mmx.zoo.uniter import Slots
 from mmx.zoo.weights import Table, layers
 
 EPS = 1e-5  # of every norm but those of the layers; no field of the configuration tells it
@@ -137,7 +137,7 @@ def _infer(c: HeroConfig, shapes: Mapping[str, tuple[int, ...]]) -> HeroConfig:
     return override(c, {field: shape[0] for field, shape in found.items() if shape is not None})
 
 
-def _clips(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Slots | None]:
+def _clips(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Order | None]:
     """A row for each clip, its frames and its words, and the published order of both."""
     given: dict[str, Any] = {name: inputs.get(name, inputs.get(alone)) for alone, name in ALONE.items()}
     ids, features = given["f_sub_input_ids"], given["f_v_feats"]
@@ -145,10 +145,8 @@ def _clips(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Slots | None]:
         return {}, None
     size = len(features) if ids is None else len(ids)
     frames, words = (0 if x is None else x.shape[1] for x in (features, ids))
-    gather, mask = given["f_gather_index"], given["f_attn_masks"]
-    gather = jnp.broadcast_to(jnp.arange(frames + words), (size, frames + words)) if gather is None else gather
-    slots = Slots(frames, words, gather, jnp.ones(gather.shape, bool) if mask is None else mask != 0)
-    exists, batch = slots.exists, {}
+    order = Order.of(size, frames, words, given["f_gather_index"], given["f_attn_masks"])
+    exists, batch = order.exists, {}
     if ids is not None:
         place = places(ids, PADDING) if given["f_sub_pos_ids"] is None else given["f_sub_pos_ids"]
         beside = {"segment": jnp.ones_like(ids), "place": jnp.broadcast_to(place, ids.shape)}
@@ -158,7 +156,7 @@ def _clips(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Slots | None]:
         beside = {"segment": jnp.ones((size, frames), jnp.int32), "place": jnp.broadcast_to(place, (size, frames))}
         marked = inputs.get("f_v_masks", jnp.zeros((size, frames), jnp.int32))
         batch["frame"] = padded_features(features, exists[:, :frames], marked=marked, **beside)
-    return batch, slots
+    return batch, order
 
 
 def _videos(inputs: Mapping[str, Any], clips: dict[str, Any], order: Any = None) -> dict[str, Any]:
@@ -182,13 +180,18 @@ def _videos(inputs: Mapping[str, Any], clips: dict[str, Any], order: Any = None)
     return batch
 
 
+def _clip_states(r: Run, clips: Mapping[str, Any], laid: Order) -> tuple[Any, ...]:
+    """Those of the clips' layers, whose words stand in front of the frames, in the published order."""
+    return tuple(laid.fill(jnp.roll(state, laid.first, 1)) for state in r.states("stages_0", *clips))
+
+
 def _forward(run: Runner, c: HeroConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The published inputs of a batch of clips, of videos, or of both.
 
     `sub_idx2frame_idx` is an array (clips, frames of a clip): the number in its video of each frame of each clip, -1 for none;
     clips of one video stand behind each other, `num_subs (B,)` of each. Words and frames are scored as they stand.
     """
-    clips, slots = _clips(inputs)
+    clips, laid = _clips(inputs)
     r = run(_videos(inputs, clips))
     tokens, heads = {name: stream.values for name, stream in r.out.streams.items()}, r.out.logits
     read = [tokens[name] for name in ("frame", "text") if name in tokens]
@@ -198,13 +201,14 @@ def _forward(run: Runner, c: HeroConfig, inputs: Mapping[str, Any]) -> dict[str,
         loss = token_loss(order, inputs["targets"], -1) if "targets" in inputs else None
     entered = r.intermediates["stages_2"]["states"].get("video")
     return {
-        "sequence_output": None if slots is None else slots.fill(jnp.concatenate(read, 1)),
+        "sequence_output": None if laid is None else laid.fill(jnp.concatenate(read, 1)),
         "transformed_c_v_feats": r.intermediates["stages_2"]["entered"].get("video"),
         "clip_outputs": tokens.get("video"),
         "prediction_scores": heads.get("masked-lm"),
         "prediction_feat": heads.get("frame-features"),
         "frame_reorder_outputs": order,
         "fom_loss": loss,
+        "clip_hidden_states": () if laid is None else _clip_states(r, clips, laid),
         "hidden_states": None if entered is None else (entered, *r.after("stages_3", "video")),
     }
 

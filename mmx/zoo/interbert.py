@@ -8,13 +8,13 @@ from mmx.losses import kl_divergence, masked_mean
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint, PerStream
 from mmx.zoo import bert, vilbert
-from mmx.zoo.config import Words, only
+from mmx.zoo.config import Unsaid, only
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.weights import Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class InterBertConfig(Words):
+class InterBertConfig(Unsaid):
     """The published fields of InterBERT."""
 
     t_num_hidden_layers: int = 6
@@ -35,11 +35,6 @@ class InterBertConfig(Words):
     fast_mode: bool = False
     in_batch_pairs: bool = False
     with_coattention: bool = True
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Every norm's, in the published code and not in its configuration."""
-        return 1e-12
 
 
 def _build(c: InterBertConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
@@ -76,6 +71,8 @@ def _forward(run: Runner, c: InterBertConfig, inputs: Mapping[str, Any]) -> dict
         batch = {name: dataclasses.replace(raw, mask=masks[name] != 0) for name, raw in batch.items()}
     r = run(batch)
     result = vilbert.fields(r, inputs)
+    result["hidden_states"] = tuple(r.states("stages_0", "image", "text"))  # regions, then words
+    result |= {f"{name}_hidden_states": tuple(r.after("stages_1", name)) for name in batch}
     if result["prediction_scores_v"] is not None and "image_target" in inputs:
         scores, target = result["prediction_scores_v"][:, 1:], inputs["image_target"]  # the whole image has no target
         away = ((scores - target) ** 2).sum(-1) if c.predict_feature else kl_divergence(scores, target)

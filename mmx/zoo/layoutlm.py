@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from mmx.model import MultimodalTransformer
 from mmx.types import Masked
 from mmx.zoo import bert
+from mmx.zoo.config import sized
 from mmx.zoo.family import Family, Runner, told_by_pooler
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table
 
 
@@ -52,7 +53,7 @@ FAMILIES = (
         _build,
         _table,
         _forward,
-        names={"layoutlm-base-uncased": {}, "layoutlm-large-uncased": bert.sized(24, 1024, 16)},
+        names={"layoutlm-base-uncased": {}, "layoutlm-large-uncased": sized(24, 1024, 16)},
         heads={"masked-lm": "cls.predictions"},
         prefix="layoutlm",
         known=bert.KNOWN,

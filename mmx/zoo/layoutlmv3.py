@@ -18,9 +18,9 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Gather, PerStream
 from mmx.types import Masked
 from mmx.zoo import bert, roberta
-from mmx.zoo.config import Words, only
+from mmx.zoo.config import Words, only, sized
 from mmx.zoo.family import Family, Runner, channels_last, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, convolution, layers, reshaped
 
 PAGE = 1000  # length of a side
@@ -160,7 +160,7 @@ FAMILIES = (
         _forward,
         names={
             "layoutlmv3-base": _PUBLISHED,
-            "layoutlmv3-large": {**bert.sized(24, 1024, 16), **_PUBLISHED, "coordinate_size": 171, "shape_size": 170},
+            "layoutlmv3-large": {**sized(24, 1024, 16), **_PUBLISHED, "coordinate_size": 171, "shape_size": 170},
         },
         prefix="layoutlmv3",
         known=(r"position_ids$", r"visual_bbox$", r"encoder\.rel_pos_[xy]_bias\.weight$"),

@@ -11,10 +11,10 @@ from mmx.layers import PROJECTIONS, BlockConfig
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import activation, only, sized
 from mmx.zoo.family import Family, Generation, Run, Runner, padded
 from mmx.zoo.loss import token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 LAYER: Table = {  # of every model that copied Llama's
@@ -147,17 +147,6 @@ def _table(c: LlamaConfig) -> Table:
 
 def _forward(run: Runner, c: LlamaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return text_fields(run({"text": read_text(inputs)}), inputs)
-
-
-def sized(layers: int, width: int, heads: int, mlp: int, **more: Any) -> dict[str, Any]:
-    """The fields of a size."""
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        **more,
-    }
 
 
 _TWO = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}

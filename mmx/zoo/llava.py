@@ -11,8 +11,9 @@ from mmx.heads import Pooler
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, llama
-from mmx.zoo.config import activation, only
+from mmx.zoo.config import activation, only, sized
 from mmx.zoo.family import Family, Generation, Run, Runner, channels_last
+from mmx.zoo.texts import ImagePlaces
 from mmx.zoo.weights import Table
 
 
@@ -47,29 +48,27 @@ class LlavaConfig:
     tie_word_embeddings: bool = False
 
 
-def place_images(inputs: Mapping[str, Any], token: int, patch: int, special: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+def place_images(inputs: Mapping[str, Any], places: ImagePlaces) -> tuple[dict[str, Any], dict[str, Any]]:
     """The batch's images, in any number, and the slots that the texts keep for them; neither where there are no images.
 
-    Wherever an id of a prompt is `token` stands the next token of the next image, text after text. An image has one for each
-    `patch`, and `special` ones in front.
+    Wherever an id of a prompt is that of images stands the next token of the next image, text after text.
     """
     written = inputs.get("written", 0)
     if "pixel_values" not in inputs:
         return {}, {}
-    images = channels_last(inputs["pixel_values"])
-    size = special + (images.shape[1] // patch) * (images.shape[2] // patch)
-    at = (inputs["input_ids"] == token) & (written == 0)  # (B, L)
+    images, size = channels_last(inputs["pixel_values"]), places.size(inputs["pixel_values"])
+    at = (inputs["input_ids"] == places.token) & (written == 0)  # (B, L)
     count = jnp.cumsum(at).reshape(at.shape) - 1
     slots = jnp.where(at[..., None], jnp.stack([count // size, count % size], -1), -1)
     return {"image": images}, {"slots": {"image": slots}}
 
 
-def check_images(inputs: Mapping[str, Any], token: int, patch: int, special: int = 0) -> None:
+def check_images(inputs: Mapping[str, Any], places: ImagePlaces) -> None:
     """Raises an InputError where texts do not keep a place for each token of the images, which are those of `place_images`."""
     if "pixel_values" not in inputs or "input_ids" not in inputs:
         return
-    images, kept = inputs["pixel_values"], int(((inputs["input_ids"] == token) & (inputs.get("written", 0) == 0)).sum())
-    size = special + (images.shape[-2] // patch) * (images.shape[-1] // patch)
+    images, token = inputs["pixel_values"], places.token
+    kept, size = int(((inputs["input_ids"] == token) & (inputs.get("written", 0) == 0)).sum()), places.size(images)
     if kept != len(images) * size:
         raise InputError(
             f"input_ids: {kept} image tokens (id {token}), but pixel_values holds {len(images)} images of {size} tokens each, "
@@ -124,14 +123,13 @@ def _table(c: LlavaConfig) -> Table:
     }
 
 
-def _check(c: LlavaConfig, inputs: Mapping[str, Any]) -> None:
+def _places(c: LlavaConfig) -> ImagePlaces:
     full = c.vision_feature_select_strategy == "full"
-    check_images(inputs, c.image_token_index, c.vision_config.patch_size, special=int(full))
+    return ImagePlaces(c.image_token_index, c.vision_config.patch_size, special=int(full))
 
 
 def _forward(run: Runner, c: LlavaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    full = c.vision_feature_select_strategy == "full"
-    batch, beside = place_images(inputs, c.image_token_index, c.vision_config.patch_size, special=int(full))
+    batch, beside = place_images(inputs, _places(c))
     r = run({**batch, "text": llama.read_text(inputs, **beside)})
     image = r.out.streams.get("image")
     fields = text_fields(r, inputs)
@@ -154,7 +152,7 @@ FAMILIES = (
         _forward,
         names={
             "llava-1.5-7b-hf": {"text_config": _TEXT},
-            "llava-1.5-13b-hf": {"text_config": llama.sized(40, 5120, 40, 13824, **_TEXT)},
+            "llava-1.5-13b-hf": {"text_config": sized(40, 5120, 40, 13824, **_TEXT)},
         },
         heads={"captioning": "language_model."},
         texts=llama.TEXTS,
@@ -162,6 +160,7 @@ FAMILIES = (
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         older=OLDER,
         generation=Generation(beside={"written": 1}),
-        check=_check,
+        places=_places,
+        check=lambda c, inputs: check_images(inputs, _places(c)),
     ),
 )

@@ -12,7 +12,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream
 from mmx.zoo import bert
-from mmx.zoo.config import Words, activation
+from mmx.zoo.config import Unsaid, activation
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
@@ -37,7 +37,7 @@ _SHARED: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LxmertConfig(Words):
+class LxmertConfig(Unsaid):
     """The published fields of LXMERT."""
 
     num_qa_labels: int = 9500
@@ -58,11 +58,6 @@ class LxmertConfig(Words):
     visual_feat_loss: bool = True
     num_hidden_layers: Any = dataclasses.field(default=None, hash=False)  # the three depths again
     tie_word_embeddings: bool = True
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Every norm's, in the published code and not in its configuration."""
-        return 1e-12
 
     @property
     def answers(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo.config import activation, only
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers, reshaped
 
 ENCODER_LAYER: Table = {  # of every model that copied BART's names

@@ -14,11 +14,13 @@ from mmx.heads import Classifier, Pooler
 from mmx.modalities import Features
 from mmx.modalities.patches import cut
 from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import Bottleneck, Cross, Joint, Norm, PerStream
+from mmx.topologies import Adapt, Bottleneck, Cross, Joint, PerStream
 from mmx.topologies.stage import Stage
 from mmx.zoo.config import only
-from mmx.zoo.family import Family, Runner
+from mmx.zoo.family import Family, Run, Runner
 from mmx.zoo.weights import Layout, Table, layers, reshaped
+
+EPS = 1e-6  # of every norm; no field of the configuration tells it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +94,11 @@ def _build(c: MBTConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
             )
             for name in c.modality_fusion
         },
-        (PerStream(_apart(c), share=c.share_encoder), _exchange(c), Norm()),
+        (PerStream(_apart(c), share=c.share_encoder), _exchange(c), Adapt(norm=EPS, share=True)),
         width=c.hidden_size,
         heads=c.num_heads,
         mlp=c.mlp_dim,
+        eps=EPS,
         final_norm=False,
         embed=0,
         poolers={name: Pooler("first" if token else "mean") for name in c.modality_fusion},
@@ -140,7 +143,7 @@ def _table(c: MBTConfig) -> Table:
         later = f"Transformer.encoderblock_{{{apart}+1}}{end}"
         table |= layers(later, f"stages_1/{exchange}", _layer(c, "both" if crossing else "self"))
     for leaf in ("scale", "bias"):
-        table[f"Transformer.encoder_norm.{leaf}"] = f"stages_2/norm/{leaf}"
+        table[f"Transformer.encoder_norm.{leaf}"] = f"stages_2/shared_norm/{leaf}"
     for leaf in ("kernel", "bias"):
         table[f"output_projection.{leaf}"] = f"heads_classification/classifier/{leaf}"
     return table
@@ -179,7 +182,18 @@ def _forward(run: Runner, c: MBTConfig, inputs: Mapping[str, Any]) -> dict[str, 
         "logits": r.out.logits.get("classification"),
         "preclassifier": joined,
         "prelogits": {**r.out.pooled} if c.classifier == "token" else joined.mean(1),
+        **{f"{name}_hidden_states": _states(r, c, name) for name in tokens},
     }
+
+
+def _states(r: Run, c: MBTConfig, name: str) -> tuple[Any, ...]:
+    """Those of one modality; of layers that all go through together, its part of all tokens."""
+    later = r.after("stages_1", name)
+    if c.share_encoder and not c.use_bottleneck:
+        ends = np.cumsum([tokens.length for tokens in r.out.streams.values()])
+        which = list(r.out.streams).index(name)
+        later = [jnp.split(x, ends[:-1], 1)[which] for x in later]
+    return (*r.states("stages_0", name), *later)
 
 
 FAMILIES = (

@@ -20,8 +20,7 @@ from mmx.topologies import Adapt, Cross, PerStream
 from mmx.topologies.adapt import COUNTED
 from mmx.zoo.config import only
 from mmx.zoo.family import Family, Runner
-from mmx.zoo.siglip import attention_table
-from mmx.zoo.weights import Table, convolution, layers
+from mmx.zoo.weights import Table, attention_table, convolution, layers
 
 STEPS = 512  # the most a stream may have here; published ones know no limit
 LETTERS = {"text": "l", "audio": "a", "video": "v"}  # our streams and the published letters
@@ -135,8 +134,12 @@ def _forward(run: Runner, c: MulTConfig, inputs: Mapping[str, Any]) -> dict[str,
     for name in c.targets:
         letter, joined = LETTERS[name], r.intermediates["stages_2"]["entered"][name]
         fields[f"trans_{letter}_mem"] = r.out.streams[name].values
+        entered = {stage: r.intermediates[stage]["states"][name] for stage in ("stages_0", "stages_2")}
+        fields[f"trans_{letter}_mem_hidden_states"] = (entered["stages_2"], *r.after("stages_3", name))
         for other, part in zip(EDGES[name], jnp.split(joined, 2, -1), strict=True):
-            fields[f"trans_{letter}_with_{LETTERS[other]}"] = part
+            published = f"trans_{letter}_with_{LETTERS[other]}"
+            fields[published] = part
+            fields[f"{published}_hidden_states"] = (entered["stages_0"], *r.after("stages_1", f"{name}_{other}"))
     return fields
 
 

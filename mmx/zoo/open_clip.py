@@ -6,22 +6,21 @@
 A tower is open_clip's own, or, for the images of SigLIP, one of timm's.
 """
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmx.errors import InputError
 from mmx.zoo import timm
 from mmx.zoo.config import activation, changed, only, parse
-from mmx.zoo.family import Library, pair
+from mmx.zoo.family import Library
+from mmx.zoo.open_clip_config import ModelConfig
 from mmx.zoo.preprocess import ImageSteps
+from mmx.zoo.transforms import as_open_clip, open_clip_images
 from mmx.zoo.weights import Table, attention_table, convolution, layers, reshaped
 
 FILE = "open_clip_config.json"
 TITLES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 EPS = 1e-5
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # where a configuration tells none
 
 BLOCK: Table = {  # a block and its MLP
     **attention_table("attn", "self"),
@@ -32,94 +31,6 @@ BLOCK: Table = {  # a block and its MLP
     "ln_2": "mlp_norm",
     "ls_2.gamma": "mlp_scale",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The fields of open_clip's text tower."""
-
-    context_length: int = 77
-    vocab_size: int = 49408
-    hf_tokenizer_name: str | None = None
-    tokenizer_mode: str | None = None
-    tokenizer_kwargs: Any = None
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
-    ls_init_value: float | None = None
-    embed_cls: bool = False
-    pad_id: int = 0
-    eos_id: int = 2
-    no_causal_mask: bool = False
-    final_ln_after_pool: bool = False
-    pool_type: str = "argmax"
-    proj_bias: bool = False
-    proj_type: str | None = "linear"
-    output_tokens: bool = False
-    act_kwargs: Any = None
-    norm_kwargs: Any = None
-    block_type: str | None = None
-    qk_norm: bool = False
-    scaled_cosine_attn: bool = False
-    scale_heads: bool = False
-    scale_attn_inner: bool = False
-    scale_attn: bool = False
-    scale_fc: bool = False
-    hf_model_name: str | None = None
-    hf_model_pretrained: bool = True
-    hf_proj_type: str = "mlp"
-    hf_pooler_type: str = "mean_pooler"
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The fields of open_clip's image tower."""
-
-    layers: int = 12
-    width: int = 768
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    patch_size: int = 16
-    image_size: int | tuple = 224
-    ls_init_value: float | None = None
-    patch_dropout: float = 0.0
-    attentional_pool: bool | str = False
-    attn_pooler_queries: int = 256
-    attn_pooler_heads: int = 8
-    no_ln_pre: bool = False
-    pos_embed_type: str = "learnable"
-    final_ln_after_pool: bool = False
-    pool_type: str = "tok"
-    output_tokens: bool = False
-    act_kwargs: Any = None
-    norm_kwargs: Any = None
-    block_type: str | None = None
-    qk_norm: bool = False
-    scaled_cosine_attn: bool = False
-    scale_heads: bool = False
-    scale_attn_inner: bool = False
-    scale_attn: bool = False
-    scale_fc: bool = False
-    timm_model_name: str | None = None
-    timm_model_pretrained: bool = False
-    timm_pool: str = "avg"
-    timm_proj: str | None = "linear"
-    timm_proj_bias: bool = False
-    timm_drop: float = 0.0
-    timm_drop_path: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The fields of open_clip's two towers."""
-
-    embed_dim: int = 512
-    vision_cfg: VisionConfig = VisionConfig()
-    text_cfg: TextConfig = TextConfig()
-    quick_gelu: bool = False
-    init_logit_scale: float = math.log(1 / 0.07)
-    init_logit_bias: float | None = None
 
 
 PLAIN: dict[str, Any] = {  # of open_clip's variants of a block, the usual one
@@ -307,30 +218,6 @@ def _siglip_table(c: Any) -> Table:
     }
 
 
-def images(fields: Mapping[str, Any]) -> ImageSteps:
-    """`preprocess_cfg`; the size is the model's, if it tells none."""
-    p = fields.get("preprocess_cfg", {})
-    size = pair(p.get("size") or fields["model_cfg"]["vision_cfg"].get("image_size", 224))
-    mode, interpolation = p.get("resize_mode") or "shortest", p.get("interpolation") or "bicubic"
-    return timm.image_steps(size, size, mode, interpolation, p.get("fill_color") or 0, p.get("mean") or MEAN, p.get("std") or STD)
-
-
-def _as_images(steps: ImageSteps | None) -> dict[str, Any]:
-    """The way back of `images`."""
-    if steps is None or steps.size is None:
-        return {}
-    if pair(steps.size) != (steps.crop or pair(steps.size)):
-        raise InputError(f"open_clip: images made {steps.size} and cut to {steps.crop} are not expressed by its preprocess_cfg")
-    return {
-        "size": steps.size,
-        "mean": steps.mean,
-        "std": steps.std,
-        "interpolation": timm.INTERPOLATION[steps.resample],
-        "resize_mode": timm.resize_mode(steps),
-        "fill_color": steps.fill,
-    }
-
-
 def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Nested fields, those of `now` where both have them."""
     both = [name for name in now if isinstance(now[name], dict) and isinstance(before.get(name), dict)]
@@ -339,7 +226,7 @@ def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
 
 def _library(holds: Any, read: Any, back: Any, **more: Any) -> Library:
     def write(c: Any, heads: Sequence[str], steps: ImageSteps | None, before: Mapping[str, Any]) -> dict[str, Any]:
-        told = {} if before and steps == images(before) else _as_images(steps)
+        told = {} if before and steps == open_clip_images(before) else as_open_clip(steps)
         return merged(before, {"model_cfg": back(c), "preprocess_cfg": told})
 
     return Library(
@@ -350,7 +237,7 @@ def _library(holds: Any, read: Any, back: Any, **more: Any) -> Library:
         lambda fields: read(fields["model_cfg"]),
         write,
         known=(r"attn_mask$",),
-        images=images,
+        images=open_clip_images,
         **more,
     )
 
@@ -386,106 +273,3 @@ COCA = _library(
     dict,
     lambda c: {**changed(c), "custom_text": True},
 )
-
-_IMAGE: dict[str, dict[str, Any]] = {
-    "S": {"width": 384},
-    "M": {"width": 512},
-    "B": {},
-    "B-plus": {"width": 896},
-    "L": {"width": 1024, "layers": 24},
-    "H": {"width": 1280, "layers": 32, "head_width": 80},
-    "g": {"width": 1408, "layers": 40, "head_width": 88, "mlp_ratio": 4.3637},
-    "bigG": {"width": 1664, "layers": 48, "head_width": 104, "mlp_ratio": 4.9231},
-    "e": {"width": 1792, "layers": 56, "head_width": 112, "mlp_ratio": 8.5715},
-}
-_TEXT: dict[str, dict[str, Any]] = {
-    "S-alt": {"width": 256, "heads": 4, "layers": 10},
-    "S": {"width": 384, "heads": 6},
-    "B": {},
-    "B-plus": {"width": 640, "heads": 10},
-    "L": {"width": 768, "heads": 12},
-    "H": {"width": 1024, "heads": 16, "layers": 24},
-    "bigG": {"width": 1280, "heads": 20, "layers": 32},
-    "e": {"width": 1280, "heads": 20, "layers": 36},
-}
-_CLIP = {  # name -> image tower, text tower, patch, image
-    "S-32": ("S", "S", 32, 224),
-    "S-32-alt": ("S", "S-alt", 32, 224),
-    "S-16": ("S", "S", 16, 224),
-    "S-16-alt": ("S", "S-alt", 16, 224),
-    "M-32": ("M", "B", 32, 224),
-    "M-32-alt": ("M", "S", 32, 224),
-    "M-16": ("M", "B", 16, 224),
-    "B-32": ("B", "B", 32, 224),
-    "B-32-256": ("B", "B", 32, 256),
-    "B-32-plus-256": ("B-plus", "B-plus", 32, 256),
-    "B-16": ("B", "B", 16, 224),
-    "B-16-plus": ("B-plus", "B-plus", 16, 224),
-    "B-16-plus-240": ("B-plus", "B-plus", 16, 240),
-    "L-16": ("L", "L", 16, 224),
-    "L-16-320": ("L", "L", 16, 320),
-    "L-14": ("L", "L", 14, 224),
-    "L-14-280": ("L", "L", 14, 280),
-    "L-14-336": ("L", "L", 14, 336),
-    "H-16": ("H", "H", 16, 224),
-    "H-14": ("H", "H", 14, 224),
-    "H-14-378": ("H", "H", 14, 378),
-    "g-14": ("g", "H", 14, 224),
-    "bigG-14": ("bigG", "bigG", 14, 224),
-    "e-14": ("e", "e", 14, 224),
-}
-_QUICK = ("B-32", "B-16", "L-14", "L-14-336", "H-14", "H-14-378", "bigG-14")
-_SIGLIP_TEXT: dict[str, dict[str, Any]] = {
-    "B": {"width": 768, "heads": 12},
-    "L": {"width": 1024, "heads": 16, "layers": 24},
-    "SO400M": {"width": 1152, "heads": 16, "layers": 27, "mlp_ratio": 3.7362},
-}
-_SIGLIP_TEXT["gopt"] = _SIGLIP_TEXT["SO400M"]
-_SIGLIP_IMAGE = {"B": "base", "L": "large", "SO400M": "so400m", "gopt": "giantopt"}
-_SIGLIP = {  # size and patch -> images of the first and of the second version; the smallest is not in the name, if it is 224
-    "B-32": ("", "256"),
-    "B-16": ("224 256 384 512 i18n-256", "224 256 384 512"),
-    "L-16": ("256 384", "256 384 512"),
-    "SO400M-14": ("224 378 384", "224 378"),
-    "SO400M-16": ("i18n-256", "256 384 512"),
-    "gopt-16": ("", "256 384"),
-}
-
-
-def clip_names() -> dict[str, dict[str, Any]]:
-    """open_clip's names of CLIP's sizes."""
-    found = {}
-    for name, (image, text, patch, size) in _CLIP.items():
-        for quick in (False, True) if name in _QUICK else (False,):
-            towers = {"vision_cfg": {**_IMAGE[image], "patch_size": patch, "image_size": size}, "text_cfg": _TEXT[text]}
-            model = {"embed_dim": _TEXT[text].get("width", 512), "quick_gelu": quick, **towers}
-            found[f"ViT-{name}{'-quickgelu' if quick else ''}"] = clip_fields(model)
-    return found
-
-
-def siglip_names() -> dict[str, dict[str, Any]]:
-    """open_clip's names of SigLIP's sizes."""
-    found = {}
-    for name, versions in _SIGLIP.items():
-        size, patch = name.split("-")
-        for second, every in enumerate(versions):
-            for image in every.split():
-                pixels = image.removeprefix("i18n-")
-                trunk = f"vit_{_SIGLIP_IMAGE[size]}_patch{patch}_siglip_{pixels}"
-                short = (size, second, image) == ("SO400M", 0, "224")
-                text = {
-                    **_SIGLIP_TEXT[size],
-                    "context_length": 16 if short else 64,
-                    "vocab_size": 256000 if second else 250000 if image != pixels else 32000,
-                    "act_kwargs": {"approximate": "tanh"} if second else None,
-                    "norm_kwargs": {"eps": 1e-6},
-                    "no_causal_mask": True,
-                    "proj_bias": True,
-                    "pool_type": "last",
-                }
-                vision = {"timm_model_name": trunk, "timm_pool": "map", "timm_proj": "none"}
-                width = timm.named(trunk).embed_dim
-                model = {"embed_dim": width, "init_logit_bias": -10, "text_cfg": text, "vision_cfg": vision}
-                end = "" if image == "224" else f"-{image}"
-                found[f"ViT-{name}-SigLIP{'2' if second else ''}{end}"] = siglip_fields(model)
-    return found

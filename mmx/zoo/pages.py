@@ -9,8 +9,7 @@ from typing import Any
 from mmx.modalities import PackedPatches, Patches
 from mmx.modalities.catalogue import example_shape
 from mmx.zoo import MODULES, create_model
-from mmx.zoo.family import Family
-from mmx.zoo.pretrained import build
+from mmx.zoo.family import Family, build
 
 PAPER = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{5})\b")
 COUNT = re.compile(r"^\| `(\S+)` \| ([\d,]+) \|$", re.M)

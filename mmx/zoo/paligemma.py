@@ -12,9 +12,10 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Insert, PerStream
 from mmx.zoo import clip, gemma, llama
-from mmx.zoo.config import only
+from mmx.zoo.config import only, sized
 from mmx.zoo.family import Family, Generation, Runner
 from mmx.zoo.llava import OLDER, check_images, place_images, text_fields
+from mmx.zoo.texts import ImagePlaces
 from mmx.zoo.weights import Table, convolution, layers
 
 
@@ -45,7 +46,7 @@ class PaliGemmaConfig:
 
     vision_config: PaliGemmaVisionConfig = PaliGemmaVisionConfig()
     text_config: gemma.GemmaConfig = gemma.GemmaConfig(
-        **llama.sized(18, 2048, 8, 16384, num_key_value_heads=1),
+        **sized(18, 2048, 8, 16384, num_key_value_heads=1),
     )
     image_token_index: int = 256000
     projection_dim: int = 2048
@@ -92,9 +93,13 @@ def _table(c: PaliGemmaConfig) -> Table:
     }
 
 
+def _places(c: PaliGemmaConfig) -> ImagePlaces:
+    return ImagePlaces(c.image_token_index, c.vision_config.patch_size, begin=gemma.TEXTS.begin)
+
+
 def _forward(run: Runner, c: PaliGemmaConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     ids = inputs["input_ids"]
-    batch, beside = place_images(inputs, c.image_token_index, c.vision_config.patch_size)
+    batch, beside = place_images(inputs, _places(c))
     # A prompt is of type 0, which is read in both directions; where no types are told, all of it is causal, as published.
     prefix = inputs.get("token_type_ids", jnp.ones_like(ids)) == 0
     starts = prefix & ~jnp.pad(prefix, ((0, 0), (1, 0)))[:, :-1]
@@ -105,7 +110,7 @@ def _forward(run: Runner, c: PaliGemmaConfig, inputs: Mapping[str, Any]) -> dict
 
 
 def _at(size: int) -> dict[str, Any]:
-    text = llama.sized(18, 2048, 8, 16384, num_key_value_heads=1, vocab_size=257216)
+    text = sized(18, 2048, 8, 16384, num_key_value_heads=1, vocab_size=257216)
     return {"vision_config": {"image_size": size}, "text_config": text, "image_token_index": 257152}
 
 
@@ -123,6 +128,7 @@ FAMILIES = (
         known=(r"position_ids$", r"rotary_emb\.inv_freq$", r"lm_head\.weight$"),
         older=OLDER,
         generation=Generation(beside={"token_type_ids": 1, "written": 1}),
-        check=lambda c, inputs: check_images(inputs, c.image_token_index, c.vision_config.patch_size),
+        places=_places,
+        check=lambda c, inputs: check_images(inputs, _places(c)),
     ),
 )

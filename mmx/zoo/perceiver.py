@@ -16,7 +16,7 @@ from mmx.types import Masked
 from mmx.zoo.config import activation, only
 from mmx.zoo.family import Family, Runner, padded
 from mmx.zoo.loss import token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 ANY_LENGTH = 2**16  # of features, which have no positions

@@ -12,8 +12,9 @@ from PIL import Image
 
 from mmx.errors import InputError
 from mmx.zoo.sounds import SoundSteps
+from mmx.zoo.texts import ImagePlaces, Texts, TextSteps, WordSteps
 from mmx.zoo.tokenizer import FILES as TEXT_FILES
-from mmx.zoo.tokenizer import Texts, TextSteps, WordSteps, read_texts
+from mmx.zoo.tokenizer import read_texts
 
 IMAGES = "preprocessor_config.json"
 SETTINGS = (IMAGES, "video_preprocessor_config.json")
@@ -238,7 +239,8 @@ class Preprocessing:
     """The steps of one model; each is None where its folder tells nothing of it, or mmx has no rules for it.
 
     `names` are those of the inputs that are returned, each with the prepared one it stands for, "not NAME" for the opposite of a
-    mask; None: all, as they are. `without` are the kinds for which mmx has no rules in this family.
+    mask; None: all, as they are. `without` are the kinds for which mmx has no rules in this family. `places` are those of images
+    in texts.
     """
 
     texts: TextSteps | None = None
@@ -248,16 +250,18 @@ class Preprocessing:
     audio: SoundSteps | None = None
     names: Mapping[str, str] | None = None
     without: tuple[str, ...] = ()
+    places: ImagePlaces | None = None
 
     def __call__(self, **raw: Any) -> dict[str, np.ndarray]:
         """Published inputs of raw values by kind: `texts=[...]`, `images=[...]`, `videos=[...]`, `audio=[...]`.
 
-        Of the words of pages and the boxes they stand in: `words=[[...]], boxes=[[...]]`.
+        Of the words of pages and the boxes they stand in: `words=[[...]], boxes=[[...]]`. Where images stand in texts (LLaVA,
+        PaliGemma), an image for each `<image>`, text after text.
         """
-        known = {f.name for f in dataclasses.fields(self)} - {"names", "without"}
+        known = {f.name for f in dataclasses.fields(self)} - {"names", "without", "places"}
         beside = (raw.pop("boxes"),) if "boxes" in raw and "words" in raw else ()
         inputs: dict[str, np.ndarray] = {}
-        for kind, values in raw.items():
+        for kind, values in sorted(raw.items(), key=lambda item: item[0] == "texts"):  # which may have to know of images
             steps = getattr(self, kind) if kind in known else None
             if steps is None:
                 told = [name for name in sorted(known) if getattr(self, name) is not None]
@@ -270,7 +274,10 @@ class Preprocessing:
                     f"preprocess: the folder tells nothing of {kind}; it tells of {told_of}. "
                     f"Its tokenizer and preprocessor_config.json lie beside config.json"
                 )
-            made = self._named(steps(values, *beside) if kind == "words" else steps(values))
+            if kind == "texts" and "images" in raw and self.places is not None:
+                made = self.places(steps, values, inputs["pixel_values"])
+            else:
+                made = self._named(steps(values, *beside) if kind == "words" else steps(values))
             if not made:
                 raise InputError(f"preprocess: this model takes nothing of {kind}; it takes {', '.join(self.names or ())}")
             inputs |= made

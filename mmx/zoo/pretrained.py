@@ -1,41 +1,27 @@
-"""Published weights as a model that one can call: folders in the published layout come in and go out."""
+"""Published weights as a model that one can call, by published names: a forward pass, and writing."""
 
 import dataclasses
 import functools
 import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh
 
-from mmx.errors import InputError, unknown, writing
+from mmx.errors import InputError, unknown
 from mmx.generation import Decoding, decode
-from mmx.model import MultimodalTransformer, example_batch
-from mmx.parallel import shardings
+from mmx.model import MultimodalTransformer
 from mmx.streaming import Listener, listening
-from mmx.topologies.stage import change_block
 from mmx.types import Batch, Masked, Params
 from mmx.zoo import preprocess
-from mmx.zoo import weights as weight_files
-from mmx.zoo.config import parse, read_fields, to_published
+from mmx.zoo.config import to_published
 from mmx.zoo.family import Chosen, Family, Run, as_batch
-from mmx.zoo.preprocess import FILES, WRITING, Preprocessing
+from mmx.zoo.preprocess import WRITING, Preprocessing
 
-CONFIG = "config.json"
 INSIDE = ("hidden_states", "attentions")  # what the names of fields end with that tell of the inside
-OLDER = {  # of all families
-    r"LayerNorm\.weight$": "LayerNorm.gamma",
-    r"LayerNorm\.bias$": "LayerNorm.beta",
-    r"parametrizations\.weight\.original0$": "weight_g",
-    r"parametrizations\.weight\.original1$": "weight_v",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +58,13 @@ class Pretrained:
         """Published inputs (`pixel_values` as (B, C, H, W), `input_ids`, `attention_mask`, `labels`, ...) to published outputs.
 
         Args:
-            output_hidden_states: whether `hidden_states` are among them: a tuple, the embeddings first.
+            output_hidden_states: whether `hidden_states` are among them, or several tuples whose names end so: the embeddings
+                first, then what each layer left.
             output_attentions: whether `attentions`, the weights of attention, are among them: a tuple, one of each layer.
             **inputs: arrays, and flags and numbers such as `return_loss=True`; what is None is not there.
 
         Raises:
-            InputError: an input this family does not have, or attentions where it returns none.
+            InputError: an input this family does not have, or attentions or states where it returns none.
         """
         fields = self.apply(self.params, output_hidden_states, output_attentions, **inputs)
         return jax.tree.map(lambda x: x.take() if _chosen(x) else x, fields, is_leaf=_chosen)
@@ -284,20 +271,21 @@ def _call(
     read = _Inputs({**inputs, **dict(flags)}, family.name)
     fields = family.forward(run, config, read)
     fields = _present(fields, tuple(name for name in INSIDE if name not in wanted))
-    if "attentions" in wanted and not _has(fields, "attentions"):
-        raise InputError(f"{family.name}: it returns no attentions; call it without output_attentions=True")
+    for name in wanted:
+        if not _has(fields, name):
+            raise InputError(f"{family.name}: it returns no {name}; call it without output_{name}=True")
     return fields, read.taken, caches
 
 
 def _present(fields: Mapping[str, Any], unwanted: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that have a value, those of the inside only if they were asked for."""
+    """The fields that have a value, tuples of the inside only if they were asked for."""
     inner = {n: _present(v, unwanted) if isinstance(v, Mapping) else v for n, v in fields.items()}
-    return {n: v for n, v in inner.items() if v is not None and not (n.endswith(unwanted) or (isinstance(v, tuple) and not v))}
+    return {n: v for n, v in inner.items() if v is not None and not (isinstance(v, tuple) and (not v or n.endswith(unwanted)))}
 
 
 def _has(fields: Mapping[str, Any], name: str) -> bool:
     """Whether fields, or those within one, tell of the inside by this name."""
-    return any(n.endswith(name) or (isinstance(v, Mapping) and _has(v, name)) for n, v in fields.items())
+    return any(_has(v, name) if isinstance(v, Mapping) else isinstance(v, tuple) and n.endswith(name) for n, v in fields.items())
 
 
 def _chosen(x: Any) -> bool:
@@ -329,161 +317,3 @@ class _Inputs(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._inputs)
-
-
-def load_published(
-    folder: str | Path,
-    *,
-    family: str | None = None,
-    heads: Sequence[str] | None = None,
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
-    remat: str | None = None,
-    unroll: int | None = None,
-) -> Pretrained:
-    """`mmx.load_pretrained` of a folder in a published layout: `config.json` and safetensors, sharded index included.
-
-    Or in the layout of another library that publishes models of the family, such as `open_clip_config.json` and its file.
-    """
-    folder = Path(folder)
-    found, fields, file = _recognise(folder, family)
-    library = found.library
-    config = parse(found.config, library.read(fields) if library else fields, str(file))
-    tensors = weight_files.Tensors(folder, library.titles if library else (weight_files.TITLE,))
-    config = config if found.infer is None else found.infer(config, tensors.shapes)
-    bare = bool(found.prefix) and not any(n.startswith(found.prefix + ".") for n in tensors.shapes)
-    if heads is None:
-        begins = {head: tuple(_names(beginning, found.older)) for head, beginning in found.heads.items()}
-        heads = tuple(head for head, names in begins.items() if any(n.startswith(names) for n in tensors.shapes))
-    model = build(found, config, heads, dtype, remat=remat, unroll=unroll)
-    weights, params = _weights(found, config, model)
-    names = {w.name: w.name.removeprefix(found.prefix + ".") for w in weights} if bare else {}
-    for w in weights:
-        name = names.get(w.name, w.name)
-        names[w.name] = next((n for n in _names(name, found.older) if n in tensors.shapes), name)
-    known = [*found.known, *_of_others(found, config, heads)]
-    weight_files.check(weights, params, tensors, known, names)
-    where = shardings(mesh, params) if mesh is not None else None
-    params = weight_files.read(weights, params, tensors, names, where)
-    return as_published(folder, found, config, fields, tuple(heads), model, params)
-
-
-def as_published(
-    folder: Path,
-    family: Family,
-    config: Any,
-    fields: Mapping[str, Any],
-    heads: tuple[str, ...],
-    model: MultimodalTransformer,
-    params: Params,
-) -> Pretrained:
-    """A model with its weights, the tokenizer and the preprocessing that lie in a folder, and the fields it does not read."""
-    library = family.library
-    own = set() if library else {f.name for f in dataclasses.fields(family.config)}
-    extra = {n: value for n, value in fields.items() if n not in own}
-    files = {file: (folder / file).read_bytes() for file in FILES if (folder / file).exists()}
-    length = family.length(config) if family.length else None
-    rules = family.texts(config) if callable(family.texts) else family.texts
-    steps = preprocess.read(folder, length, rules, family.video, family.sound)
-    images = (library.images(fields) if library else None) or steps.images
-    steps = dataclasses.replace(steps, images=images, names=family.prepared)
-    return Pretrained(model, params, config, family, heads, steps, extra, files)
-
-
-def _recognise(folder: Path, name: str | None) -> tuple[Family, dict[str, Any], Path]:
-    """The family of a folder, under the names of the library that published it, and what the configuration in which file says."""
-    from mmx.zoo import FAMILIES
-
-    file = folder / CONFIG
-    fields = read_fields(file) if file.exists() else {}
-    name = name or fields.get("model_type")
-    if name is not None and name not in FAMILIES:
-        raise InputError(f"{folder}: " + unknown("family", name, FAMILIES))
-    if fields.get("model_type") is None:
-        for family in FAMILIES.values() if name is None else (FAMILIES[name],):
-            for library in family.libraries:
-                other = folder / library.file
-                if other.exists() and library.holds(said := read_fields(other)):
-                    return family.under(library), said, other
-    if not file.exists():
-        raise InputError(f"{folder}: no config.json; expected a folder with config.json and *.safetensors")
-    if name is None:
-        raise InputError(
-            f"{file} has no model_type, and is of no model that mmx knows by another library's names; "
-            f"name one: family={' or '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[name], fields, file
-
-
-def _of_others(family: Family, config: Any, heads: Sequence[str]) -> list[str]:
-    """Patterns of the tensors of heads that are not among these."""
-    others, patterns = [head for head in family.heads if head not in heads], []
-    for name, target in family.table(config).items():
-        paths = target.paths if isinstance(target, weight_files.Layout) else (target,)
-        if paths[0].startswith(tuple(f"heads_{head}/" for head in others)):
-            patterns += [f"^{re.escape(n)}(\\.|$)" for n in _names(name, family.older)]
-    return patterns + [f"^{re.escape(n)}" for head in others for n in _names(family.heads[head], family.older)]
-
-
-def _names(name: str, older: Mapping[str, str]) -> list[str]:
-    """What a tensor, or the beginning of its name, is called in files of any age: each change has been made since, or not."""
-    names = [name]
-    for pattern, before in {**older, **OLDER}.items():
-        names += [changed for n in names if (changed := re.sub(pattern, before, n)) != n]
-    return names
-
-
-def save_pretrained(folder: str | Path, pretrained: Pretrained, dtype: str = "float32", shard: int = weight_files.SHARD) -> None:
-    """Writes a folder in the published layout, which `load_pretrained` and the original library read.
-
-    Args:
-        folder: created if it is not there.
-        pretrained: what is written.
-        dtype: of the file: float32, float16 or bfloat16.
-        shard: the most bytes of a file; what is more is written into several.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    family, library = pretrained.family, pretrained.family.library
-    weights, _ = _weights(family, pretrained.config, pretrained.model)
-    if not pretrained.heads:  # the bare model, whose names have no prefix
-        weights = [dataclasses.replace(w, name=w.name.removeprefix(family.prefix + ".")) for w in weights]
-    params = jax.device_get(pretrained.params)
-    whole: dict[str, Any] = {"shard": shard} if library is None else {"shard": math.inf, "title": library.titles[0]}
-    weight_files.write(folder, weights, params, dtype, **whole)
-    for name, content in pretrained.files.items():
-        with writing(folder / name) as path:
-            path.write_bytes(content)
-    fields = pretrained.fields
-    if library is not None:
-        images = getattr(pretrained.preprocess, "images", None)
-        fields = library.write(pretrained.config, pretrained.heads, images, pretrained.extra)
-    with writing(folder / (library.file if library else CONFIG)) as path:
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def build(family: Family, config: Any, heads: Sequence[str], dtype: str, **run: Any) -> MultimodalTransformer:
-    """The model of a configuration, with the published heads that are named; `run` are fields of its blocks, if not None.
-
-    What was published as the temperature is the temperature: no limit is put on it.
-    """
-    for head in heads:
-        if head not in family.heads:
-            raise InputError(f"{family.name}: " + unknown("head", head, family.heads))
-    return change_blocks(family.build(config, tuple(heads), dtype).clone(max_logit_scale=None), **run)
-
-
-def change_blocks(model: MultimodalTransformer, **run: Any) -> MultimodalTransformer:
-    """The model with fields of its blocks changed; those that are None stay."""
-    fields = {name: value for name, value in run.items() if value is not None}
-    return model.clone(stages=tuple(change_block(stage, **fields) for stage in model.stages)) if fields else model
-
-
-def abstract_params(model: MultimodalTransformer) -> Any:
-    """The shapes of a model's parameters; nothing is computed."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model)))["params"]
-
-
-def _weights(family: Family, config: Any, model: MultimodalTransformer) -> tuple[list[weight_files.Weight], Any]:
-    params = abstract_params(model)
-    return weight_files.resolve(family.table(config), params), params

@@ -13,10 +13,10 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.config import Classes, Words, only
+from mmx.zoo.config import Classes, Words, only, sized
 from mmx.zoo.family import Family, Runner, told_by_pooler
 from mmx.zoo.loss import class_loss, token_loss
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 
@@ -104,7 +104,7 @@ def _forward(run: Runner, c: RobertaConfig, inputs: Mapping[str, Any]) -> dict[s
 
 
 _PUBLISHED = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_LARGE = sized(24, 1024, 16)
 _MANY = {**_PUBLISHED, "vocab_size": 250002}
 
 

@@ -17,10 +17,10 @@ from mmx.modalities import Ids, PackedPatches, Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
-from mmx.zoo import clip, open_clip
-from mmx.zoo.config import Layers, Pixels, activation, only
+from mmx.zoo import clip, open_clip, open_clip_names
+from mmx.zoo.config import Layers, Pixels, activation, only, sized
 from mmx.zoo.family import Family, Runner, channels_last, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, attention_table, convolution, layers, reshaped
 
 SCALE, BIAS = 10.0, -10.0  # first values (arXiv 2303.15343, 3.2)
@@ -174,16 +174,11 @@ def _forward(run: Runner, c: SiglipConfig | Siglip2Config, inputs: Mapping[str, 
     return fields
 
 
-def _tower(layers: int, width: int, heads: int, mlp: int | None = None, **more: Any) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-    return sizes | {"intermediate_size": mlp or 4 * width, **more}
-
-
 _SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # text, image
     "base": ({}, {}),
-    "large": (_tower(24, 1024, 16), _tower(24, 1024, 16)),
-    "so400m": (_tower(27, 1152, 16, 4304), _tower(27, 1152, 16, 4304)),
-    "giant-opt": (_tower(27, 1152, 16, 4304, projection_size=1536), _tower(40, 1536, 16)),
+    "large": (sized(24, 1024, 16), sized(24, 1024, 16)),
+    "so400m": (sized(27, 1152, 16, 4304), sized(27, 1152, 16, 4304)),
+    "giant-opt": (sized(27, 1152, 16, 4304, projection_size=1536), sized(40, 1536, 16)),
 }
 
 
@@ -227,7 +222,7 @@ FAMILIES = (
         _build,
         _table,
         _forward,
-        names=_names() | open_clip.siglip_names(),
+        names=_names() | open_clip_names.siglip_names(),
         texts=TEXTS,
         length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$",),

@@ -16,7 +16,7 @@ from mmx.model import MultimodalTransformer, build_model
 from mmx.zoo.config import activation
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family, padded
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers, reshaped
 
 

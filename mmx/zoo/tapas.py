@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mmx.model import MultimodalTransformer
 from mmx.zoo import bert
-from mmx.zoo.config import only
+from mmx.zoo.config import only, sized
 from mmx.zoo.family import Family, Runner, padded, told_by_pooler
 from mmx.zoo.weights import Table
 
@@ -66,12 +66,12 @@ FAMILIES = (
         _table,
         _forward,
         names={
-            "tapas-tiny": bert.sized(2, 128, 2),
-            "tapas-mini": bert.sized(4, 256, 4),
-            "tapas-small": bert.sized(4, 512, 8),
-            "tapas-medium": bert.sized(8, 512, 8),
+            "tapas-tiny": sized(2, 128, 2),
+            "tapas-mini": sized(4, 256, 4),
+            "tapas-small": sized(4, 512, 8),
+            "tapas-medium": sized(8, 512, 8),
             "tapas-base": {},
-            "tapas-large": bert.sized(24, 1024, 16),
+            "tapas-large": sized(24, 1024, 16),
         },
         heads={"masked-lm": "cls.predictions"},
         prefix="tapas",

@@ -10,15 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mmx.errors import InputError, unknown
+from mmx.errors import InputError
 from mmx.zoo.config import activation, only, parse
-from mmx.zoo.family import Library, pair
+from mmx.zoo.family import Library, grid, pair
 from mmx.zoo.preprocess import ImageSteps
-from mmx.zoo.weights import TITLE, Layout, Table, convolution, fused, layers, reshaped, row
+from mmx.zoo.tensors import TITLE
+from mmx.zoo.transforms import as_timm, timm_images
+from mmx.zoo.weights import Layout, Table, convolution, fused, layers, reshaped, row
 
 EPS = 1e-6
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # where a configuration tells none
-INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "num_heads": 3},
     "small": {"embed_dim": 384, "num_heads": 6},
@@ -212,61 +212,11 @@ def mlp_ratio(c: Any) -> float:
     return ratio if int(c.hidden_size * ratio) == c.intermediate_size else math.nextafter(ratio, math.inf)
 
 
-MODES = {"shortest": "cover", "longest": "inside", "squash": "squash"}  # open_clip's `resize_mode` -> `ImageSteps.fit`
-_CROPS = {"center": "shortest", "border": "longest", "squash": "squash"}  # timm's `crop_mode` -> open_clip's
-
-
-def image_steps(
-    size: tuple[int, int], scaled: tuple[int, int], mode: str, interpolation: str, fill: Any, mean: Any, std: Any
-) -> ImageSteps:
-    """Images made `scaled` in one of `MODES`, of which the middle of `size` is kept."""
-    resample = {name: number for number, name in INTERPOLATION.items()}
-    for kind, value, known in (("resize mode", mode, MODES), ("interpolation", interpolation, resample)):
-        if value not in known:
-            raise InputError("preprocessing: " + unknown(kind, value, known))
-    edge = scaled[0] if mode == "shortest" and scaled[0] == scaled[1] else scaled
-    return ImageSteps(
-        edge, size, resample[interpolation], mean=tuple(mean), std=tuple(std), fit=MODES[mode], fill=fill, torchvision=True
-    )
-
-
-def resize_mode(steps: ImageSteps) -> str:
-    """Which of `MODES` the steps are."""
-    fits = {fit: mode for mode, fit in MODES.items()}
-    return "shortest" if isinstance(steps.size, int) else fits[steps.fit]
-
-
-def images(fields: Mapping[str, Any]) -> ImageSteps | None:
-    """`pretrained_cfg`."""
-    p = fields.get("pretrained_cfg", {})
-    height, width = (p.get("input_size") or (3, 224, 224))[1:]
-    scaled = tuple(math.floor(s / (p.get("crop_pct") or 0.875)) for s in (height, width))
-    mode, mean, std = p.get("crop_mode") or "center", p.get("mean") or MEAN, p.get("std") or STD
-    fill = tuple(round(255 * m) for m in mean) if mode == "border" else 0
-    return image_steps((height, width), scaled, _CROPS.get(mode, mode), p.get("interpolation") or "bicubic", fill, mean, std)  # type: ignore[arg-type]
-
-
-def _as_images(steps: ImageSteps | None) -> dict[str, Any]:
-    """The way back of `images`."""
-    if steps is None or steps.size is None:
-        return {}
-    scaled = pair(steps.size)
-    size = steps.crop or scaled
-    share = size[0] / scaled[0]
-    return {
-        "mean": steps.mean,
-        "std": steps.std,
-        "interpolation": INTERPOLATION[steps.resample],
-        "crop_pct": share if math.floor(size[0] / share) == scaled[0] else math.nextafter(share, 0),
-        "crop_mode": {mode: crop for crop, mode in _CROPS.items()}[resize_mode(steps)],
-    }
-
-
 def trunk_table(prefix: str, c: Any, special: int, block: Table = BLOCK) -> Table:
     """The weights of an image tower in the first stage, but for its special tokens and what stands behind its layers."""
-    height, width = (s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
+    places = math.prod(grid(c)) + special
     return {
-        f"{prefix}pos_embed": reshaped("modalities_image/position", 1, height * width + special, c.hidden_size),
+        f"{prefix}pos_embed": reshaped("modalities_image/position", 1, places, c.hidden_size),
         f"{prefix}patch_embed.proj": convolution("modalities_image/patch", *pair(c.patch_size)),
         **layers(prefix + "blocks.{}", "stages_0/image/layers/block", block),
         f"{prefix}norm": "stages_0/image/norm",
@@ -288,8 +238,7 @@ def _distilled_table(c: Any) -> Table:
 
 
 def _beit_table(c: Any) -> Table:
-    grid = (2 * s // p - 1 for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
-    bias = (math.prod(grid) + 3, c.num_attention_heads)
+    bias = (math.prod(2 * side - 1 for side in grid(c)) + 3, c.num_attention_heads)
     block: Table = {
         **{name: path for name, path in BLOCK.items() if name not in ("attn.qkv", "ls1.gamma", "ls2.gamma")},
         "attn.qkv.weight": Layout(tuple(f"self/{name}/kernel" for name in ("query", "key", "value"))),
@@ -337,7 +286,7 @@ def _library(begins: Sequence[str], read: Any, back: Any, table: Any, heads: Map
         known = named(name)
         fixed = {"first_conv": "patch_embed.proj", "classifier": classifier, "fixed_input_size": True}
         own = {"input_size": [a.in_chans, *pair(a.img_size)], "num_classes": a.num_classes}
-        own |= {} if steps == images(before) else _as_images(steps)
+        own |= {} if steps == timm_images(before) else as_timm(steps)
         return {
             **before,
             "architecture": name,
@@ -350,7 +299,7 @@ def _library(begins: Sequence[str], read: Any, back: Any, table: Any, heads: Map
 
     classifier = ("head", "head_dist") if "deit_distilled" in begins else "head"
     known = (r"^head_dist\.", r"relative_position_index$")
-    return Library("timm", "config.json", (TITLE,), holds, read, write, table, heads, known, images=images)
+    return Library("timm", "config.json", (TITLE,), holds, read, write, table, heads, known, images=timm_images)
 
 
 VIT = _library(("vit", "deit"), vit_fields, _as_vit, _vit_table, {"classification": "head."}, "vit_base_patch16_224")

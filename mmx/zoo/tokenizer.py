@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import string
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmx.errors import InputError
+from mmx.zoo.sentencepiece import sentence_pieces
+from mmx.zoo.texts import Texts, TextSteps
 
 FILES = (
     "tokenizer.json",
@@ -30,139 +29,6 @@ FILES = (
     "added_tokens.json",
 )
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "beit3.spm")
-SPACE = "▁"  # how SentencePiece writes a space
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """How a family reads texts, where its files do not tell.
-
-    Args:
-        begin: the token in front, or several with spaces between them; None: none.
-        end: the token behind; None: none.
-        pad: the token of what is not there; a number: its id, whatever the files say.
-        unknown: the token of what is not in the vocabulary.
-        lower: whether letters are made small.
-        plain: whether signs of punctuation are left out (SigLIP).
-        full: whether every text is padded to the longest that the model takes (CLIP, SigLIP), and not to the longest given.
-        left: whether texts are padded on the left, so that what is written stands behind them.
-        mask: whether there is a mask of what exists; SigLIP reads its padding.
-        types: whether the two texts of a pair are told apart by `token_type_ids` (BERT).
-        twice: whether the token behind stands twice between them (RoBERTa).
-        word_end: what a byte-pair vocabulary marks the end of a word with (CLIP).
-        space: whether a space is put in front of a byte-pair vocabulary's first word, as of the others (RoBERTa's words of
-            pages).
-        first: the first tokens, of an XLM-RoBERTa, in place of the first three of its SentencePiece file.
-        more: how many `<extra_id_*>` stand behind the pieces (T5).
-        bytes: the tokens in front of the 256 bytes, of a family that reads texts byte by byte and needs no files (Perceiver).
-        page: for a family that reads words in boxes (LayoutLM), all four sides of the box of the token behind; that of the
-            others is 0. None: the family reads no boxes.
-    """
-
-    begin: str | None = None
-    end: str | None = None
-    pad: str | int = "[PAD]"
-    unknown: str = "[UNK]"
-    lower: bool = False
-    plain: bool = False
-    full: bool = False
-    left: bool = False
-    mask: bool = True
-    types: bool = False
-    twice: bool = False
-    word_end: str = ""
-    space: bool = False
-    first: tuple[str, ...] = ()
-    more: int = 0
-    bytes: tuple[str, ...] = ()
-    page: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSteps:
-    """Texts to published inputs: padded ids, and their attention mask.
-
-    Args:
-        tokenizer: from texts to ids.
-        pad: the id of what is not there.
-        length: the longest text.
-        full: whether all are padded to it.
-        left: whether they are padded on the left.
-        mask: whether the mask is returned.
-        types: whether the types of the tokens of pairs are returned.
-        vocab: the ids of its tokens, where they are not its own (Marian).
-        unknown: the token of those that `vocab` does not have.
-        boxes: of special tokens, for words in boxes: `{id: (left, top, right, bottom)}`; empty: it reads no boxes.
-    """
-
-    tokenizer: tokenizers.Tokenizer
-    pad: int
-    length: int
-    full: bool
-    left: bool = False
-    mask: bool = True
-    types: bool = False
-    vocab: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    unknown: str = ""
-    boxes: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
-
-    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-        """`input_ids` and `attention_mask (B, L)` of texts, or of pairs (BERT's with `token_type_ids`); cut at `length`."""
-        if isinstance(texts, str) or not texts:
-            raise InputError(f"texts={texts!r}; expected a list of texts, or of pairs of texts")
-        arrays = self.padded(self.encode(texts))
-        if isinstance(texts[0], str) or not self.types:
-            del arrays["token_type_ids"]  # all zero, which is what their absence means
-        if not self.mask:
-            del arrays["attention_mask"]
-        return arrays
-
-    def encode(self, texts: Sequence[Any], words: bool = False) -> list[tokenizers.Encoding]:
-        """What the tokenizer makes of texts, or of lists of words, cut at `length`."""
-        self.tokenizer.enable_truncation(self.length)
-        self.tokenizer.no_padding()
-        return self.tokenizer.encode_batch(list(texts), is_pretokenized=words)
-
-    def padded(self, encoded: Sequence[tokenizers.Encoding]) -> dict[str, np.ndarray]:
-        """Ids, masks and types of several texts: `(B, L)` int32."""
-        longest = self.length if self.full else max(len(e.ids) for e in encoded)
-        rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "token_type_ids": []}
-        for e in encoded:
-            own = [self.vocab.get(token, self.vocab[self.unknown]) for token in e.tokens] if self.vocab else e.ids
-            pairs = ((own, self.pad), ([1] * len(own), 0), (e.type_ids, 0))
-            for row, (values, empty) in zip(rows.values(), pairs, strict=True):
-                missing = [empty] * (longest - len(own))
-                row.append(missing + values if self.left else values + missing)
-        return {name: np.asarray(row, np.int32) for name, row in rows.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class WordSteps:
-    """The words of pages, and the boxes they stand in, to published inputs: every token has the box of its word."""
-
-    texts: TextSteps
-
-    def __call__(self, words: Sequence[Sequence[str]], boxes: Sequence[Any] | None = None) -> dict[str, np.ndarray]:
-        """`input_ids`, `attention_mask` `(B, L)` and `bbox (B, L, 4)` of pages.
-
-        Args:
-            words: of each page.
-            boxes: of each page's words: left, top, right, bottom in thousandths of the page.
-        """
-        boxes = [np.asarray(page) for page in (() if boxes is None else boxes)]
-        if isinstance(words, str) or not words or [(len(page), 4) for page in words] != [box.shape for box in boxes]:
-            raise InputError("words: expected words=[[...], ...] of pages and boxes=[[...], ...], one box of four a word")
-        if any(box.min() < 0 or box.max() > 1000 for box in boxes):
-            raise InputError("boxes: expected left, top, right, bottom in thousandths of the page, 0 to 1000: 1000 x / width")
-        encoded = self.texts.encode(words, words=True)
-        arrays = self.texts.padded(encoded)
-        del arrays["token_type_ids"]
-        special, longest = self.texts.boxes, arrays["input_ids"].shape[1]
-        bbox = []
-        for page, e in zip(boxes, encoded, strict=True):
-            own = [special[i] if word is None else page[word] for i, word in zip(e.ids, e.word_ids, strict=True)]
-            bbox.append(own + [special[self.texts.pad]] * (longest - len(own)))
-        return {**arrays, "bbox": np.asarray(bbox, np.int32)}
 
 
 def read_texts(folder: Path, length: int, rules: Texts) -> TextSteps | None:
@@ -291,92 +157,6 @@ def _byte_pairs(folder: Path, rules: Texts) -> tokenizers.Tokenizer:
     if "<mask>" in vocab:
         tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
     return tokenizer
-
-
-def sentence_pieces(model: bytes, texts: Texts = Texts()) -> tokenizers.Tokenizer:
-    """A SentencePiece model file (a protocol buffer), unigram or byte-pair, as a tokenizer without tokens in front or behind."""
-    pieces: list[tuple[str, float]] = []
-    kinds: list[int] = []
-    unigram, charsmap, prefix, squeeze = True, b"", True, True
-    for field, value in _messages(model):
-        if field == 1:
-            piece = dict(_messages(value))
-            pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
-            kinds.append(piece.get(3, 1))
-        elif field == 2:
-            unigram = dict(_messages(value)).get(3, 1) == 1
-        elif field == 3:
-            rules = dict(_messages(value))
-            charsmap, prefix, squeeze = rules.get(2, b""), bool(rules.get(3, 1)), bool(rules.get(4, 1))
-    if texts.first:  # fairseq's order
-        pieces = [*((token, 0.0) for token in texts.first), *pieces[3:], ("<mask>", 0.0)]
-        kinds = [2 if token == texts.unknown else 3 for token in texts.first] + kinds[3:] + [3]
-    unknown = kinds.index(2) if 2 in kinds else 0
-    by_bytes = 6 in kinds
-    if unigram:
-        tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unknown, by_bytes))
-    else:
-        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
-        merges = _merges(pieces, vocab)
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(vocab, merges, unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=by_bytes)
-        )
-    steps: list[Any] = [normalizers.Lowercase()] if texts.lower else []
-    if texts.plain:
-        signs = "".join("\\" + sign for sign in string.punctuation)
-        steps += [normalizers.Replace(tokenizers.Regex(f"[{signs}]"), ""), normalizers.Replace(tokenizers.Regex(r"\s+"), " ")]
-    steps += [normalizers.Precompiled(charsmap)] if charsmap else []
-    if squeeze:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    scheme = "always" if prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=unigram)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
-        [decoders.ByteFallback(), decoders.Metaspace(SPACE, prepend_scheme=scheme)]
-    )
-    named = [(piece, kind) for (piece, _), kind in zip(pieces, kinds, strict=True)]
-    tokenizer.add_special_tokens([piece for piece, kind in named if kind in (2, 3)])
-    tokenizer.add_tokens(
-        [tokenizers.AddedToken(piece, normalized=False) for piece, kind in named if kind == 4 and SPACE not in piece]
-    )
-    tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(texts.more))])
-    return tokenizer
-
-
-def _merges(pieces: Sequence[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs a byte-pair model joins, in the order of what they make: SentencePiece stores only the results."""
-    found = [
-        (-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:])
-        for piece, score in pieces
-        for i in range(1, len(piece))
-        if piece[:i] in vocab and piece[i:] in vocab
-    ]
-    return [(left, right) for *_, left, right in sorted(found)]
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer: numbers as int, what has a length as bytes, floats as their four bytes."""
-    at = 0
-
-    def number() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = number()
-        if key & 7 == 0:
-            yield key >> 3, number()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or number()
-        yield key >> 3, data[at : at + size]
-        at += size
 
 
 def _with_ends(tokenizer: tokenizers.Tokenizer, rules: Texts) -> tokenizers.Tokenizer:

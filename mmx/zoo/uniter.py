@@ -13,26 +13,22 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.zoo import bert
-from mmx.zoo.config import Words
+from mmx.zoo.config import Unsaid, sized
 from mmx.zoo.family import REGIONS, Family, Run, Runner, padded, padded_features
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.order import Order
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, layers
 
 BOX = 7  # x1 y1 x2 y2, width, height, area
 
 
 @dataclasses.dataclass(frozen=True)
-class UniterConfig(Words):
+class UniterConfig(Unsaid):
     """The published fields of UNITER, and the two numbers that its code is called with."""
 
     vocab_size: int = 28996
     img_dim: int = 2048
     img_label_dim: int = 1601
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Every norm's, in the published code and not in its configuration."""
-        return 1e-12
 
 
 def _build(c: UniterConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
@@ -86,55 +82,25 @@ def _table(c: UniterConfig) -> Table:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """The published order of words and regions: `gather (B, S)`, and of which those that count have a mask `(B, S)`.
-
-    A slot holds the token that `gather` numbers, those of the first stream before those of the second (UNITER: words, HERO:
-    frames). Published models attend from slot to slot; as nothing depends on the order, mmx attends from token to token and
-    brings what comes out into slots.
-    """
-
-    first: int
-    second: int
-    gather: Any
-    mask: Any
-
-    @property
-    def exists(self) -> jax.Array:
-        """Which tokens stand in a slot that counts: `(B, first + second)`."""
-        rows = jnp.arange(len(self.gather))[:, None]
-        return jnp.zeros((len(self.gather), self.first + self.second), bool).at[rows, self.gather].max(self.mask)
-
-    def fill(self, values: Any) -> jax.Array:
-        """`(B, first + second, D) -> (B, S, D)`."""
-        return jnp.take_along_axis(values, self.gather[..., None], 1)
-
-    def fill_second(self, values: Any) -> jax.Array:
-        """`(B, second, D) -> (B, S, D)`, zeros for the first."""
-        return self.fill(jnp.pad(values, ((0, 0), (self.first, 0), (0, 0))))
-
-
-def _slots(inputs: Mapping[str, Any]) -> Slots:
+def _order(inputs: Mapping[str, Any]) -> Order:
     words = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     regions = inputs["img_feat"].shape[1] if "img_feat" in inputs else 0
     size = len(inputs["input_ids"] if words else inputs["img_feat"])
-    gather = inputs.get("gather_index", jnp.broadcast_to(jnp.arange(words + regions), (size, words + regions)))
-    return Slots(words, regions, gather, inputs.get("attn_masks", jnp.ones(gather.shape, bool)) != 0)
+    return Order.of(size, words, regions, inputs.get("gather_index"), inputs.get("attn_masks"))
 
 
-def _batch(inputs: Mapping[str, Any], slots: Slots, marks: Any = None) -> dict[str, Any]:
-    exists, batch = slots.exists, {}
+def _batch(inputs: Mapping[str, Any], order: Order, marks: Any = None) -> dict[str, Any]:
+    exists, batch = order.exists, {}
     if "input_ids" in inputs:
         ids = inputs["input_ids"]
         beside = {"segment": inputs.get("txt_type_ids", jnp.zeros_like(ids))}
         if "position_ids" in inputs:
             beside["place"] = jnp.broadcast_to(inputs["position_ids"], ids.shape)
-        batch["text"] = padded(ids, exists[:, : slots.first], **beside)
+        batch["text"] = padded(ids, exists[:, : order.first], **beside)
     if "img_feat" in inputs:
         kinds = inputs.get("img_type_ids", jnp.ones(inputs["img_feat"].shape[:2], jnp.int32))
         beside = {"segment": kinds, "box": inputs["img_pos_feat"]} | ({} if marks is None else {"marked": marks})
-        batch["image"] = padded_features(inputs["img_feat"], exists[:, slots.first :], **beside)
+        batch["image"] = padded_features(inputs["img_feat"], exists[:, order.first :], **beside)
     return batch
 
 
@@ -143,13 +109,14 @@ def _joint(r: Run) -> jax.Array:
 
 
 def _forward(run: Runner, c: UniterConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the published model is asked for task by task, all at once; scores and losses stand at every word or slot.
+    """What the published model is asked for task by task, all at once; scores and losses stand at every word or place.
 
     Words are scored, and matched with regions, as they stand; regions are asked for where `img_masks` hides them.
     """
-    slots = _slots(inputs)
-    r = run(_batch(inputs, slots))
-    sequence = slots.fill(_joint(r))
+    order = _order(inputs)
+    batch = _batch(inputs, order)
+    r = run(batch)
+    sequence = order.fill(_joint(r))
     heads: Any = r.out.logits
     scores, loss, masked = {"mlm": heads.get("masked-lm"), "itm": heads.get("matching")}, {}, None
     if scores["mlm"] is not None and "txt_labels" in inputs:
@@ -158,28 +125,29 @@ def _forward(run: Runner, c: UniterConfig, inputs: Mapping[str, Any]) -> dict[st
     if scores["itm"] is not None and "targets" in inputs:
         loss["itm"] = cross_entropy(scores["itm"], inputs["targets"])
     if "img_masks" in inputs:
-        hidden = run(_batch(inputs, slots, inputs["img_masks"]))
-        masked = {"sequence_output": slots.fill(_joint(hidden))}
-        more, losses = _regions(hidden.out.logits, slots, inputs)
+        hidden = run(_batch(inputs, order, inputs["img_masks"]))
+        masked = {"sequence_output": order.fill(_joint(hidden))}
+        more, losses = _regions(hidden.out.logits, order, inputs)
         scores, loss = {**scores, **more}, {**loss, **losses}
     return {
         "sequence_output": sequence,
         "pooled_output": r.out.pooled.get("text"),
-        "encoded_layers": tuple(slots.fill(x) for x in r.after("stages_0", "text")),
+        "encoded_layers": tuple(order.fill(x) for x in r.after("stages_0", next(iter(batch)))),
+        "hidden_states": tuple(order.fill(x) for x in r.states("stages_0", *batch)),
         "masked_image": masked,
         "scores": scores,
         "loss": loss,
-        "wra": _alignment(sequence, slots, inputs) if "ot_scatter" in inputs else None,
+        "wra": _alignment(sequence, order, inputs) if "ot_scatter" in inputs else None,
     }
 
 
-def _regions(heads: Any, slots: Slots, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _regions(heads: Any, order: Order, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores and losses of regions, at every slot; targets are published for those that `img_mask_tgt` marks, in their order."""
     scores, loss = {}, {}
     if "region-features" in heads:
-        scores["mrfr"] = slots.fill_second(heads["region-features"])
+        scores["mrfr"] = order.fill_second(heads["region-features"])
     if "region-classes" in heads:
-        scores["mrc"] = scores["mrc-kl"] = slots.fill_second(heads["region-classes"])
+        scores["mrc"] = scores["mrc-kl"] = order.fill_second(heads["region-classes"])
     if "img_mask_tgt" not in inputs:
         return scores, loss
     marked = inputs["img_mask_tgt"] != 0  # (B, S)
@@ -199,12 +167,12 @@ def _regions(heads: Any, slots: Slots, inputs: Mapping[str, Any]) -> tuple[dict[
     return scores, loss
 
 
-def _alignment(sequence: jax.Array, slots: Slots, inputs: Mapping[str, Any]) -> jax.Array:
+def _alignment(sequence: jax.Array, order: Order, inputs: Mapping[str, Any]) -> jax.Array:
     """The distance between the words and the regions of each example, `(B,)`."""
-    places = slots.first + slots.second
+    places = order.first + order.second
     apart = jnp.zeros((len(sequence), places, sequence.shape[-1]), sequence.dtype)
     apart = apart.at[jnp.arange(len(sequence))[:, None], inputs["ot_scatter"]].set(sequence, mode="drop")
-    text, image = apart[:, : slots.first], apart[:, slots.first :]
+    text, image = apart[:, : order.first], apart[:, order.first :]
     return transport_distance(text, image, inputs["txt_pad"] == 0, inputs["img_pad"] == 0)
 
 
@@ -217,12 +185,7 @@ FAMILIES = (
         _forward,
         names={
             "uniter-base": {},
-            "uniter-large": {
-                "hidden_size": 1024,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "intermediate_size": 4096,
-            },
+            "uniter-large": sized(24, 1024, 16),
         },
         heads={
             "masked-lm": "cls.predictions",

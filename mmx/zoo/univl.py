@@ -4,20 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from mmx.heads import Pooler, TiedDecoder
 from mmx.layers import BlockConfig
 from mmx.modalities import Features, Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import FUSED, Cross, Gather, PerStream
-from mmx.types import Masked
 from mmx.zoo import bert
-from mmx.zoo.config import Words, activation
-from mmx.zoo.family import Family, Runner, padded
+from mmx.zoo.config import Unsaid, activation
+from mmx.zoo.family import Family, Runner, padded, padded_features
 from mmx.zoo.weights import Layout, Table, layers
 
-EPS = 1e-12  # of every norm; no field of the configuration tells it
 DECODER_LAYER: Table = {
     "slf_attn.att.query": "self/query",
     "slf_attn.att.key": "self/key",
@@ -36,7 +32,7 @@ DECODER_LAYER: Table = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UniVLPart(Words):
+class UniVLPart(Unsaid):
     """The published fields of one of UniVL's four parts; of the video, `vocab_size` is how many numbers a frame has."""
 
     max_target_embeddings: int = 512
@@ -54,23 +50,20 @@ class UniVLConfig:
 
 
 def _block(c: UniVLPart, dtype: str) -> BlockConfig:
-    return BlockConfig(
-        width=c.hidden_size,
-        heads=c.num_attention_heads,
-        mlp=c.intermediate_size,
-        activation=activation(c.hidden_act),
-        norm="post",
-        eps=EPS,
-        dtype=dtype,
-    )
+    return BlockConfig(width=c.hidden_size, dtype=dtype, **bert.block(c))
 
 
 def _build(c: UniVLConfig, heads: Sequence[str], dtype: str) -> MultimodalTransformer:
     text, video, both, writer = c.bert, c.visual, c.cross, c.decoder
-    words = (text.vocab_size, text.max_position_embeddings)
     modalities: dict[str, Any] = {
-        "text": Ids(*words, width=text.hidden_size, tables={"segment": text.type_vocab_size}, norm=EPS),
-        "video": Features(video.vocab_size, video.max_position_embeddings, width=video.hidden_size, position="learned", norm=EPS),
+        "text": bert.text_embedder(text),
+        "video": Features(
+            video.vocab_size,
+            video.max_position_embeddings,
+            width=video.hidden_size,
+            position="learned",
+            norm=video.layer_norm_eps,
+        ),
     }
     stages: tuple[Any, ...] = (
         PerStream(
@@ -83,16 +76,17 @@ def _build(c: UniVLConfig, heads: Sequence[str], dtype: str) -> MultimodalTransf
             width=both.hidden_size,
             positions=both.max_position_embeddings,
             type=True,
-            norm=EPS,
+            norm=both.layer_norm_eps,
         ),
         PerStream({FUSED: both.num_hidden_layers}, {FUSED: _block(both, dtype)}),
     )
     outputs = {}
     if "captioning" in heads:
-        modalities["caption"] = Ids(*words, lender="text", width=writer.hidden_size, norm=EPS)
+        words = (text.vocab_size, text.max_position_embeddings)
+        modalities["caption"] = Ids(*words, lender="text", width=writer.hidden_size, norm=writer.layer_norm_eps)
         block = {"caption": _block(writer, dtype)}
         stages += (Cross(writer.num_decoder_layers, block, "self cross mlp", {"caption": (FUSED,)}, ("caption",)),)
-        outputs["captioning"] = TiedDecoder("caption", activation=activation(writer.hidden_act), norm=EPS)
+        outputs["captioning"] = TiedDecoder("caption", activation=activation(writer.hidden_act), norm=writer.layer_norm_eps)
     poolers = {name: Pooler("first", size=p.hidden_size, activation="tanh") for name, _, p in _encoders(c)}
     return build_model(modalities, stages, width=both.hidden_size, embed=0, poolers=poolers, outputs=outputs, dtype=dtype)
 
@@ -129,16 +123,20 @@ def _forward(run: Runner, c: UniVLConfig, inputs: Mapping[str, Any]) -> dict[str
     if "input_ids" in inputs:
         batch["text"] = bert.read_text(inputs)
     if "video" in inputs:
-        video = inputs["video"]
-        batch["video"] = Masked(video, inputs.get("video_mask", jnp.ones(video.shape[:2])) != 0, keep=True)
+        batch["video"] = padded_features(inputs["video"], inputs.get("video_mask"))
     if "decoder_input_ids" in inputs:
         batch["caption"] = padded(inputs["decoder_input_ids"], inputs.get("decoder_mask"))
     r = run(batch, causal=("caption",) if "caption" in batch else ())
     names = {"text": "text", "video": "visual", FUSED: "cross"}
+    names = {stream: name for stream, name in names.items() if stream in r.out.streams}
+    states = {n: r.gathered("stages_1", "stages_2") if s == FUSED else r.states("stages_0", s) for s, n in names.items()}
+    if "caption" in batch:
+        states["decoder"] = r.states("stages_3", "caption")
     return {
-        **{f"{name}_output": r.out.streams[stream].values for stream, name in names.items() if stream in r.out.streams},
-        **{f"{name}_pooled": r.out.pooled[stream] for stream, name in names.items() if stream in r.out.streams},
+        **{f"{name}_output": r.out.streams[stream].values for stream, name in names.items()},
+        **{f"{name}_pooled": r.out.pooled[stream] for stream, name in names.items()},
         "decoder_scores": r.out.logits.get("captioning") if "caption" in batch else None,
+        **{f"{name}_hidden_states": tuple(left) for name, left in states.items()},
     }
 
 

@@ -20,7 +20,7 @@ from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Joint
 from mmx.zoo import bert
-from mmx.zoo.config import only
+from mmx.zoo.config import only, sized
 from mmx.zoo.family import Family, Runner, padded
 from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
@@ -117,7 +117,7 @@ FAMILIES = (
         _build,
         _table,
         _forward,
-        names={"videobert-base": {}, "videobert-large": bert.sized(24, 1024, 16)},
+        names={"videobert-base": {}, "videobert-large": sized(24, 1024, 16)},
         heads={"masked-lm": "cls.predictions", "matching": "cls.seq_relationship"},
         prefix="videobert",
         texts=bert.TEXTS,

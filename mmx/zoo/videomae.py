@@ -8,7 +8,7 @@ from mmx.heads import Classifier, Pooler
 from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import Classes, Layers, Pixels, activation
+from mmx.zoo.config import Classes, Layers, Pixels, activation, sized
 from mmx.zoo.family import Family, Runner, channels_last, pair, told_by_pooler
 from mmx.zoo.loss import class_loss
 from mmx.zoo.vit import LAYER as VIT_LAYER
@@ -153,16 +153,6 @@ def _forward(run: Runner, c: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        **more,
-    }
-
-
 _KINETICS = {"num_labels": 400}
 FAMILIES = (
     Family(
@@ -172,13 +162,13 @@ FAMILIES = (
         _table("videomae", LAYER),
         _forward,
         names={
-            "videomae-small-finetuned-kinetics": _sized(12, 384, 6, **_KINETICS),
+            "videomae-small-finetuned-kinetics": sized(12, 384, 6, **_KINETICS),
             "videomae-base": {"use_mean_pooling": False},
             "videomae-base-finetuned-kinetics": _KINETICS,
             "videomae-base-finetuned-ssv2": {"num_labels": 174},
-            "videomae-large": _sized(24, 1024, 16, use_mean_pooling=False),
-            "videomae-large-finetuned-kinetics": _sized(24, 1024, 16, **_KINETICS),
-            "videomae-huge-finetuned-kinetics": _sized(32, 1280, 16, **_KINETICS),
+            "videomae-large": sized(24, 1024, 16, use_mean_pooling=False),
+            "videomae-large-finetuned-kinetics": sized(24, 1024, 16, **_KINETICS),
+            "videomae-huge-finetuned-kinetics": sized(32, 1280, 16, **_KINETICS),
         },
         heads={"classification": "classifier"},
         prefix="videomae",

@@ -12,7 +12,7 @@ from mmx.modalities import Features
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import Cross, PerStream, Stage
 from mmx.zoo import bert
-from mmx.zoo.config import Words, activation, only
+from mmx.zoo.config import Unsaid, activation, only, sized
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
 from mmx.zoo.loss import token_loss
 from mmx.zoo.weights import Table, layers
@@ -23,7 +23,7 @@ _CROSS = {"image": ("1", "2", "v"), "text": ("2", "1", "t")}  # published: own n
 
 
 @dataclasses.dataclass(frozen=True)
-class VilbertConfig(Words):
+class VilbertConfig(Unsaid):
     """The published fields of ViLBERT."""
 
     v_feature_size: int = 2048
@@ -45,11 +45,6 @@ class VilbertConfig(Words):
     dynamic_attention: bool = False
     with_coattention: bool = True
     task_specific_tokens: bool = False
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Every norm's, in the published code and not in its configuration."""
-        return 1e-12
 
     @property
     def spans(self) -> tuple[dict[str, range], ...]:
@@ -183,27 +178,30 @@ def fields(r: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _forward(run: Runner, c: VilbertConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """With `output_all_encoded_layers`, as published, the sequences and what is pooled of them end at the last co-attention."""
-    batch = read(inputs)
-    result = fields(run(batch), inputs)
+    batch, stages = read(inputs), 2 * len(c.spans) - 1
+    r = run(batch)
+    result = fields(r, inputs)
+    for name in batch:
+        left = [state for i in range(stages) for state in r.after(f"stages_{i}", name)]
+        result[f"{name}_hidden_states"] = (r.intermediates["states"][name], *left)
     if result["prediction_scores_v"] is not None and "image_target" in inputs:
         only(c, visual_target=(0, 1))  # 2 draws other regions by chance
         scores, target = result["prediction_scores_v"][:, 1:], inputs["image_target"]  # the whole image has no target
         away = kl_divergence(scores, target) if c.visual_target == 0 else regression_loss(scores, target)
         result["masked_img_loss"] = masked_mean(away, inputs["image_label"] == 1)[None]
     if "output_all_encoded_layers" in inputs:
-        count = 2 * (len(c.spans) - 1)
-        r = run(batch, stages=count)
+        r = run(batch, stages=stages - 1)
         for name, letter in (("text", "t"), ("image", "v")):
-            left = [r.after(f"stages_{i}", name)[-1] for i in range(1, count, 2)]
+            left = [r.after(f"stages_{i}", name)[-1] for i in range(1, stages - 1, 2)]
             result[f"encoded_layers_{letter}"] = tuple(left)
             result[f"sequence_output_{letter}"], result[f"pooled_output_{letter}"] = left[-1], r.out.pooled[name]
     return result
 
 
-def _sized(depth: int, count: int, **more: Any) -> dict[str, Any]:
+def _sized(count: int, depth: int = 12, width: int = 768, heads: int = 12) -> dict[str, Any]:
     """`count` co-attentions, before the last layers of the text and before each layer of the image."""
     return {
-        "num_hidden_layers": depth,
+        **sized(depth, width, heads),
         "v_hidden_size": 1024,
         "v_num_hidden_layers": count,
         "v_num_attention_heads": 8,
@@ -211,11 +209,9 @@ def _sized(depth: int, count: int, **more: Any) -> dict[str, Any]:
         "bi_num_attention_heads": 8,
         "v_biattention_id": tuple(range(count)),
         "t_biattention_id": tuple(range(depth - count, depth)),
-        **more,
     }
 
 
-_LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
 FAMILIES = (
     Family(
         "vilbert",
@@ -224,10 +220,10 @@ FAMILIES = (
         _table,
         _forward,
         names={
-            "vilbert-base-4layer": _sized(12, 4),
-            "vilbert-base-6layer": _sized(12, 6),
-            "vilbert-base-8layer": _sized(12, 8),
-            "vilbert-large-6layer": _sized(24, 6, **_LARGE),
+            "vilbert-base-4layer": _sized(4),
+            "vilbert-base-6layer": _sized(6),
+            "vilbert-base-8layer": _sized(8),
+            "vilbert-large-6layer": _sized(6, 24, 1024, 16),
         },
         heads={"masked-lm": "cls.predictions", "region-classes": "cls.imagePredictions", "matching": "cls.bi_seq_relationship"},
         prefix="bert",

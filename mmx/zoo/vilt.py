@@ -18,7 +18,7 @@ from mmx.zoo import bert, vit
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import Chosen, Family, Runner, channels_last
 from mmx.zoo.loss import token_loss
-from mmx.zoo.weights import Layout, Table, convolution, layers, reshaped
+from mmx.zoo.weights import Layout, Table, layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +68,13 @@ def _build(c: ViltConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfo
 
 
 def _table(c: ViltConfig) -> Table:
-    places = (c.image_size // c.patch_size) ** 2 + 1
     head = "heads_masked-lm"
     return {
         **bert.embeddings_table("vilt.embeddings.text_embeddings", "modalities_text"),
         "vilt.embeddings.token_type_embeddings.weight": Layout(
             ("modalities_text/type_bias", "modalities_image/type_bias"), shape=(1, c.hidden_size)
         ),
-        "vilt.embeddings.cls_token": reshaped("modalities_image/special", 1, 1, c.hidden_size),
-        "vilt.embeddings.position_embeddings": reshaped("modalities_image/position", 1, places, c.hidden_size),
-        "vilt.embeddings.patch_embeddings.projection": convolution("modalities_image/patch", c.patch_size, c.patch_size),
+        **vit.embeddings_table("vilt.embeddings", c),
         **layers("vilt.encoder.layer.{}", "stages_0/stack/layers/block", vit.LAYER),
         "vilt.layernorm": "stages_0/stack/norm",
         "vilt.pooler.dense": "poolers_text/transform",

@@ -26,7 +26,7 @@ from mmx.zoo import clip
 from mmx.zoo.config import parse
 from mmx.zoo.family import Family, Run, Runner
 from mmx.zoo.pretrained import Pretrained
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table
 
 TOWERS = {"image": ("vision", "vit"), "text": ("text", "bert")}  # stream -> published name, family where none is told

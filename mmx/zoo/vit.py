@@ -1,6 +1,7 @@
 """ViT (arXiv 2010.11929) and DeiT (2012.12877). One image stream with a class token, pre-norm."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ from mmx.modalities import Patches
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.zoo import timm
-from mmx.zoo.config import Classes, Pixels, activation
-from mmx.zoo.family import Family, Runner, channels_last, pair, told_by_pooler
+from mmx.zoo.config import Classes, Pixels, activation, sized
+from mmx.zoo.family import Family, Runner, channels_last, grid, pair, told_by_pooler
 from mmx.zoo.loss import class_loss
 from mmx.zoo.weights import Table, convolution, layers, reshaped, row
 
@@ -103,17 +104,21 @@ def _build(c: ViTConfig, heads: Sequence[str], dtype: str) -> MultimodalTransfor
     )
 
 
+def embeddings_table(published: str, c: Any, special: Sequence[str] = ("cls_token",)) -> Table:
+    """The weights of `image_embedder`, with its special tokens by their published names."""
+    places = math.prod(grid(c)) + len(special)
+    return {
+        f"{published}.position_embeddings": reshaped("modalities_image/position", 1, places, c.hidden_size),
+        f"{published}.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
+        **{f"{published}.{name}": row("modalities_image/special", i, 1, 1, c.hidden_size) for i, name in enumerate(special)},
+    }
+
+
 def _table(published: str) -> Any:
     def table(c: ViTConfig) -> Table:
-        height, width = (s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
-        places = height * width + len(_special(c))
-        embeddings = f"{published}.embeddings"
         names = {"class": "cls_token", "distillation": "distillation_token"}
-        tokens = {names[n]: row("modalities_image/special", i, 1, 1, c.hidden_size) for i, n in enumerate(_special(c))}
         return {
-            f"{embeddings}.position_embeddings": reshaped("modalities_image/position", 1, places, c.hidden_size),
-            f"{embeddings}.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
-            **{f"{embeddings}.{name}": token for name, token in tokens.items()},
+            **embeddings_table(f"{published}.embeddings", c, [names[name] for name in _special(c)]),
             **layers(published + ".encoder.layer.{}", "stages_0/image/layers/block", LAYER),
             f"{published}.layernorm": "stages_0/image/norm",
             f"{published}.pooler.dense": "poolers_image/transform",
@@ -142,19 +147,8 @@ def _forward(run: Runner, c: ViTConfig, inputs: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _sized(layers: int, width: int, heads: int, patch: int, **more: Any) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "patch_size": patch,
-        **more,
-    }
-
-
 _IMAGENET = {"num_labels": 1000}
-_TINY, _SMALL = _sized(12, 192, 3, 16, **_IMAGENET), _sized(12, 384, 6, 16, **_IMAGENET)
+_TINY, _SMALL = sized(12, 192, 3, **_IMAGENET), sized(12, 384, 6, **_IMAGENET)
 _NAMES = {"tiny": "16_224 16_384", "small": "8_224 16_224 16_384 32_224 32_384", "base": "8_224 16_224 16_384 32_224 32_384"}
 _NAMES |= {"large": "14_224 16_224 16_384 32_224 32_384", "huge": "14_224", "giant": "14_224", "gigantic": "14_224"}
 FAMILIES = (
@@ -170,10 +164,10 @@ FAMILIES = (
             "vit-base-patch16-384": {**_IMAGENET, "image_size": 384},
             "vit-base-patch32-224-in21k": {"patch_size": 32},
             "vit-base-patch32-384": {**_IMAGENET, "patch_size": 32, "image_size": 384},
-            "vit-large-patch16-224": _sized(24, 1024, 16, 16, **_IMAGENET),
-            "vit-large-patch16-384": _sized(24, 1024, 16, 16, **_IMAGENET, image_size=384),
-            "vit-large-patch32-384": _sized(24, 1024, 16, 32, **_IMAGENET, image_size=384),
-            "vit-huge-patch14-224-in21k": _sized(32, 1280, 16, 14),
+            "vit-large-patch16-224": sized(24, 1024, 16, **_IMAGENET),
+            "vit-large-patch16-384": sized(24, 1024, 16, **_IMAGENET, image_size=384),
+            "vit-large-patch32-384": sized(24, 1024, 16, **_IMAGENET, patch_size=32, image_size=384),
+            "vit-huge-patch14-224-in21k": sized(32, 1280, 16, patch_size=14),
             "deit-tiny-patch16-224": _TINY,
             "deit-small-patch16-224": _SMALL,
             "deit-base-patch16-224": _IMAGENET,

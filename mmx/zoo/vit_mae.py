@@ -1,6 +1,7 @@
 """ViTMAE (arXiv 2111.06377): a ViT that sees a few patches of an image, and a smaller one that paints the others."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,10 @@ from mmx.losses import reconstruction_loss
 from mmx.modalities.patches import cut
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
-from mmx.zoo.config import Pixels
-from mmx.zoo.family import Family, Runner, channels_last, pair
-from mmx.zoo.vit import LAYER, RENAMED, block, image_embedder
-from mmx.zoo.weights import Table, convolution, layers, reshaped
+from mmx.zoo.config import Pixels, sized
+from mmx.zoo.family import Family, Runner, channels_last, grid, pair
+from mmx.zoo.vit import LAYER, RENAMED, block, embeddings_table, image_embedder
+from mmx.zoo.weights import Table, layers, reshaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,9 @@ def _build(c: ViTMAEConfig, heads: Sequence[str], dtype: str) -> MultimodalTrans
 
 
 def _table(c: ViTMAEConfig) -> Table:
-    height, width = (s // p for s, p in zip(pair(c.image_size), pair(c.patch_size), strict=True))
-    places, inner = height * width + 1, c.decoder_hidden_size
+    places, inner = math.prod(grid(c)) + 1, c.decoder_hidden_size
     return {
-        "vit.embeddings.cls_token": reshaped("modalities_image/special", 1, 1, c.hidden_size),
-        "vit.embeddings.position_embeddings": reshaped("modalities_image/position", 1, places, c.hidden_size),
-        "vit.embeddings.patch_embeddings.projection": convolution("modalities_image/patch", *pair(c.patch_size)),
+        **embeddings_table("vit.embeddings", c),
         **layers("vit.encoder.layer.{}", "stages_0/image/layers/block", LAYER),
         "vit.layernorm": "stages_0/image/norm",
         "decoder.decoder_embed": "heads_reconstruction/project",
@@ -97,11 +95,6 @@ def _forward(run: Runner, c: ViTMAEConfig, inputs: Mapping[str, Any]) -> dict[st
     }
 
 
-def _sized(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
-    return {**sizes, **more}
-
-
 FAMILIES = (
     Family(
         "vit_mae",
@@ -111,8 +104,8 @@ FAMILIES = (
         _forward,
         names={
             "vit-mae-base": {},
-            "vit-mae-large": _sized(24, 1024, 16),
-            "vit-mae-huge": _sized(32, 1280, 16, patch_size=14),
+            "vit-mae-large": sized(24, 1024, 16),
+            "vit-mae-huge": sized(32, 1280, 16, patch_size=14),
         },
         heads={"reconstruction": "decoder."},
         prefix="vit",

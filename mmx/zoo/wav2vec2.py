@@ -11,7 +11,7 @@ from mmx.modalities import Waveform
 from mmx.model import MultimodalTransformer, build_model
 from mmx.topologies import PerStream
 from mmx.types import Masked
-from mmx.zoo.config import Layers, activation, only
+from mmx.zoo.config import Layers, activation, only, sized
 from mmx.zoo.family import Family, Runner
 from mmx.zoo.sounds import WaveSteps
 from mmx.zoo.weights import Table, convolution, layers, reshaped
@@ -154,7 +154,7 @@ def _forward(run: Runner, c: Wav2Vec2Config, inputs: Mapping[str, Any]) -> dict[
     }
 
 
-_LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+_LARGE = sized(24, 1024, 16)
 _STABLE = {**_LARGE, "feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
 FAMILIES = (
     Family(

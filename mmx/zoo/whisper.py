@@ -13,7 +13,7 @@ from mmx.zoo import marian
 from mmx.zoo.encoder_decoder import GENERATION, TARGET, forward, stages
 from mmx.zoo.family import Family
 from mmx.zoo.sounds import LogMelSteps
-from mmx.zoo.tokenizer import Texts
+from mmx.zoo.texts import Texts
 from mmx.zoo.weights import Table, convolution, layers
 
 

@@ -480,7 +480,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         variant(1, **_DEEP, **_COARSE, hidden_act="relu", qkv_bias=False, num_channels=1, mask_ratio=0.75,
             decoder_hidden_size=36, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=20),
         variant(3, **_FLAT, norm_pix_loss=False, mask_ratio=0.3, image_size=40, patch_size=8, hidden_act="gelu_new"),
-        variant(2, decoder_num_hidden_layers=4, image_size=[24, 36]),
+        variant(2, decoder_num_hidden_layers=4, image_size=[36, 36]),  # the original makes no other shape
     ),
     "BeitForMaskedImageModeling": (
         variant(1, **_DEEP, **_COARSE, hidden_act="relu", image_size=24, num_channels=1, vocab_size=17,
