@@ -11,6 +11,7 @@ from mmx.evaluate.report import Evaluation, Report
 from mmx.evaluate.retrieval import check_names, put_local, to_host
 from mmx.generation import Decoding, generate
 from mmx.modalities import Ids
+from mmx.modalities.masking import ids_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Captions:
                     decoding=Decoding(end=() if tokenizer.end is None else (tokenizer.end,), pad=tokenizer.pad or 0),
                 )
             captions += [tokenizer.decode(row) for row in to_host(ids)]
-        truths = [tokenizer.decode(row[self.text].array) for row in rows]
+        truths = [tokenizer.decode(ids_of(row[self.text])) for row in rows]
         pairs = list(zip(captions, truths, strict=False))
         exact = float(np.mean([caption == truth for caption, truth in pairs]))
         step = max(len(pairs) // self.show, 1)

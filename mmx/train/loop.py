@@ -256,12 +256,16 @@ def _restore(experiment: Experiment, checkpoints: Checkpoints, state: TrainState
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
     if jax.process_count() > 1:
         raise InputError("training on several processes is not supported yet; start one process with all devices")
-    parts = batch_parts(mesh) * experiment.microbatches
+    parts, shape = batch_parts(mesh), f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
     if experiment.batch_size % parts:
         raise InputError(
-            f"batch_size={experiment.batch_size} is not divisible by {parts}, the number of parts it is split into: mesh "
-            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}, microbatches={experiment.microbatches}; "
-            f"choose a multiple of {parts}"
+            f"batch_size={experiment.batch_size} is not divisible by {parts}, the number of parts the mesh splits it into: "
+            f"{shape}; choose a multiple of {parts}"
+        )
+    if experiment.microbatches > (most := experiment.batch_size // parts):
+        raise InputError(
+            f"microbatches={experiment.microbatches}, but each part of the mesh ({shape}) has {most} examples of a batch of "
+            f"{experiment.batch_size}; set --microbatches to at most {most}"
         )
 
 
