@@ -1,16 +1,23 @@
 """Accumulation gives the gradient of the whole batch, for every objective and on any mesh."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mmx
 from mmx import objectives
+from mmx.data import Pipeline
 from mmx.data.pipeline import put_batch
-from mmx.parallel import MeshConfig, batch_sharding, make_mesh
-from mmx.train import Task
-from mmx.train.accumulate import value_and_grad
+from mmx.errors import InputError
+from mmx.objectives import needed_heads
+from mmx.parallel import MeshConfig, batch_sharding, make_mesh, shardings
+from mmx.train import ModelConfig, Task
+from mmx.train.accumulate import part_sizes, value_and_grad
 
 
 def gradients(task, params, batch, parts):
@@ -26,12 +33,10 @@ def task(tiny):
 
 @pytest.fixture
 def params(task):
-    import mmx
-
     return jax.jit(lambda key: task.model.init(key, mmx.example_batch(task.model)))(jax.random.key(0))["params"]
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 3, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (4, (1, 5, 2)))])
 def test_accumulated_equals_one_shot(task, params, batch, parts):
     (loss, metrics), whole = gradients(task, params, batch, 1)
     (other_loss, other_metrics), accumulated = gradients(task, params, batch, parts)
@@ -60,12 +65,81 @@ def test_accumulation_on_a_mesh(task, params, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4), accumulated, whole)
 
 
+def noisy(tiny):
+    """A tiny task and its parameters, with dropout, a loss over all pairs in a ring, and one of each example by itself."""
+    both = {"contrastive": objectives.Contrastive(form="ring"), "captioning": objectives.Captioning()}
+    model = dataclasses.replace(tiny.model, dropout=0.5, depth=1).build(
+        tiny.modalities, "early_concatenation", needed_heads(both)
+    )
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    return Task(model, both), params
+
+
+def with_the_keys_of_parts(task, params, batch, rows):
+    """The loss and gradient of one pass in which the examples of each part (their `rows`) have the key that accumulation gives."""
+    keys = [*jax.random.split(jax.random.key(1), len(rows))]
+    back = np.argsort(np.concatenate(rows))
+
+    def loss(params):
+        parts = [task.forward(params, jax.tree.map(lambda x, r=r: x[r], batch), k) for r, k in zip(rows, keys, strict=True)]
+        return task.loss(jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+def assert_same(one, other):
+    np.testing.assert_allclose(one[0][0], other[0][0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4), one[1], other[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parts", "rows"),
+    [(2, [[0, 2, 4, 6], [1, 3, 5, 7]]), ((4, 2, 2), [[0, 1, 4, 5], [2, 6], [3, 7]])],
+)
+def test_dropout_is_that_of_each_part_with_its_key(tiny, batch, parts, rows):
+    task, params = noisy(tiny)
+    accumulated = gradients(task, params, batch, parts)
+    assert_same(accumulated, with_the_keys_of_parts(task, params, batch, [np.asarray(r) for r in rows]))
+    assert abs(accumulated[0][0] - gradients(task, params, batch, 1)[0][0]) > 1e-3  # the noise of other keys is seen
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts", "sizes"),
+    [
+        (MeshConfig(data=4, fsdp=2), 2, (16, 8)),
+        pytest.param(MeshConfig(data=8), (8, 16), (8, 16), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=8), 3, (8, 8, 8), marks=pytest.mark.slow),
+    ],
+)
+def test_uneven_parts_on_a_mesh(tiny, mesh, parts, sizes):
+    """Eight devices, with dropout and a ring, against one device without parts."""
+    task, params = noisy(tiny)
+    batch = next(Pipeline(tiny.data, tiny.modalities, 24).train())
+    starts = np.cumsum([0, *sizes]) // 8
+    rows = [np.arange(24).reshape(8, 3)[:, a:b].ravel() for a, b in itertools.pairwise(starts)]
+    expected = with_the_keys_of_parts(task, params, batch, rows)
+    with jax.set_mesh(mesh := make_mesh(mesh)):
+        assert part_sizes(24, parts) == sizes
+        split = jax.device_put(params, shardings(mesh, params))
+        accumulated = gradients(task, split, put_batch(batch, batch_sharding(mesh)), parts)
+    assert_same(accumulated, expected)
+
+
+def test_parts_are_as_equal_as_they_can_be():
+    assert part_sizes(8, 4) == (2, 2, 2, 2) and part_sizes(8, 3) == (3, 3, 2) and part_sizes(8, 1) == (8,)
+    assert part_sizes(8, (1, 7)) == (1, 7)
+    for parts, message in [(9, "0, 0|1, 0"), (0, r"\(\)"), ((4, 3), "4, 3"), ((8, 0), "8, 0")]:
+        with pytest.raises(InputError, match=rf"parts=.*: parts of .*{message}.* rows for a batch of 8"):
+            part_sizes(8, parts)
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))):
+        assert part_sizes(24, 4) == (8, 8, 4, 4) and part_sizes(3, 1) == (3,)
+        for parts in (7, (10, 14)):
+            with pytest.raises(InputError, match="each has to be a multiple of 4, into which the mesh splits a batch"):
+                part_sizes(24, parts)
+
+
 def test_accumulation_saves_memory(tiny):
-    import dataclasses
-
-    import mmx
-    from mmx.train import ModelConfig
-
     big = dataclasses.replace(tiny, batch_size=128, model=ModelConfig(width=64, depth=4, heads=4, mlp=256))
     task = Task(big.build_model(), big.active_objectives)
     batch = mmx.example_batch(task.model, 128)

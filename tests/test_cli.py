@@ -67,7 +67,7 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys, monkeypatch
     with pytest.raises(SystemExit):
         parse_experiment(["--help"])
     text = capsys.readouterr().out
-    missing, silent, own = [], [], ("stages", "relative", "published")  # from a configuration file only
+    missing, silent, own = [], [], ("stages", "relative", "published", "also")  # from a configuration file only
 
     def visit(value, path):
         for field in dataclasses.fields(value):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mmx
-from mmx.data import Pipeline
+from mmx.data import DataSet, Pipeline
 from mmx.errors import InputError
 from mmx.evaluate import Captions, Evaluation, Missing, Retrieval, ZeroShot, retrieval_metrics
 from mmx.evaluate.contact_sheet import contact_sheet
@@ -235,6 +235,15 @@ def test_captions_report(tiny):
     assert report.metrics["exact"] == 0 and "of 12 are right" in report.text and len(report.text.splitlines()) == 5
     mute = dataclasses.replace(tiny, objectives={"contrastive": mmx.objectives.Contrastive()})
     assert "no captions" in Captions()(evaluation(mute)).text
+
+
+@pytest.mark.slow
+def test_reports_of_texts_in_parts_and_images_that_may_be_absent(tiny):
+    fields = {"image": "image", "text": ("question", "answer")}
+    data = dataclasses.replace(tiny.data, fields=fields, also=(DataSet(fields={"text": "name"}),))
+    at = evaluation(dataclasses.replace(tiny, data=data))
+    assert Retrieval(split="composition[:20]")(at).pictures["contact_sheet.png"].ndim == 3
+    assert "which skin tone?" in Captions(split="composition[:20]", count=12, show=12)(at).text
 
 
 def test_contact_sheet_marks_the_right_answers(rng):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from mmx.errors import InputError
 from mmx.modalities import Features, Ids, Patches
 from mmx.modalities.masking import unmask
 from mmx.objectives import Captioning
-from mmx.train import Task
+from mmx.train import Task, run
 
 MODALITIES = {"image": Patches((32, 32), (8, 8)), "text": Ids(512, 24), "sound": Features(3, 5)}
 PAIRS = DataConfig(
@@ -149,6 +151,19 @@ def test_a_model_trains_on_a_mixture(own):
         "image": batch["image"].replace(array=np.where(batch["image"].mask[:, None, None, None], *[batch["image"].array, 7])),
     }
     np.testing.assert_allclose(loss(params, filled)[0], value, rtol=1e-6)  # nothing is read of an image that is not there
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mixture(tiny):
+    """The whole loop, in uneven parts and with modalities dropped; the run folder knows the data it was made with."""
+    labels = {"tone": Label("tones", (1, 2, 3, 4, 5), several="leave_out")}
+    data = dataclasses.replace(tiny.data, labels=labels, words=True, also=(DataSet(fields={"text": "question"}, ratio=0.5),))
+    experiment = dataclasses.replace(tiny, steps=3, data=data, microbatches=3, modality_dropout=0.2)
+    found = run(experiment, devices=jax.devices()[:1])
+    lines = [json.loads(line) for line in (Path(tiny.run) / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(list(found.values())).all() and len({line["loss"] for line in lines if "loss" in line}) == 3
+    with pytest.raises(InputError, match="data.also"):
+        run(dataclasses.replace(experiment, data=dataclasses.replace(data, also=())), devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize(

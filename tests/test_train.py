@@ -315,12 +315,12 @@ def test_ten_steps_with_nan_in_a_row_stop_the_run_with_its_state(cheap, monkeypa
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny):
-    with pytest.raises(
-        InputError, match=r"batch_size=12 is not divisible by 8.*data=8 x fsdp=1, microbatches=1; choose a multiple of 8"
-    ):
+    with pytest.raises(InputError, match=r"batch_size=12 is not divisible by 8.*data=8 x fsdp=1; choose a multiple of 8"):
         run(dataclasses.replace(tiny, batch_size=12))
-    with pytest.raises(InputError, match="not a multiple of microbatches=3"):
-        dataclasses.replace(tiny, microbatches=3)
+    with pytest.raises(InputError, match=r"microbatches=3, but each part .*data=8 x fsdp=1\) has 2 examples of a batch of 16"):
+        run(dataclasses.replace(tiny, batch_size=16, microbatches=3))
+    with pytest.raises(InputError, match="microbatches=9; there cannot be more than batch_size=8"):
+        dataclasses.replace(tiny, microbatches=9)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny, tmp_path):

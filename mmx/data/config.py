@@ -56,7 +56,7 @@ class DataSet:
     labels: Annotated[Mapping[str, Label], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
     """The labels by name, `mmx.data.Label`; from a configuration file."""
     ratio: float = 1.0
-    """How many examples of a batch are of this set, beside those of the other sets in data.also."""
+    """How often examples of this set are drawn, in proportion to the ratios of the other sets in data.also."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < float("inf"):

@@ -79,7 +79,7 @@ class Pipeline:
     def train(self, first_step: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches, from batch number `first_step` on: this process's rows, as NumPy.
 
-        The examples of several data sets are counted through; their ratios hold in every batch, to one example.
+        The examples of several data sets are counted through; in every batch their ratios hold to an example or two.
         """
         processes, process = jax.process_count(), jax.process_index()
         sets = [self._examples(number, data.split) for number, data in enumerate(self.config.sets)]

@@ -14,7 +14,7 @@ from mmx.data.pipeline import put_batch
 from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate.contact_sheet import contact_sheet
 from mmx.evaluate.report import Evaluation, Report
-from mmx.modalities.masking import unmask
+from mmx.modalities.masking import ids_of, unmask
 from mmx.model import MultimodalTransformer
 from mmx.parallel import batch_sharding
 from mmx.types import Batch, Params
@@ -75,7 +75,7 @@ class Retrieval:
         assert tokenizer is not None
         rows = [examples[i] for i in range(len(examples))]
         images = [unmask(row["image"])[0] for row in rows]
-        return contact_sheet(images, [tokenizer.decode(row["text"].array) for row in rows], similarity)
+        return contact_sheet(images, [tokenizer.decode(ids_of(row["text"])) for row in rows], similarity)
 
 
 def check_names(modalities: Iterable[str], data: Pipeline) -> None:

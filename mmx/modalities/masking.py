@@ -1,7 +1,7 @@
 """What every modality does with `Masked` input, with the tokens of what is not there, and with what training hides."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,12 @@ def modality_of(entry: str) -> str:
 def unmask(raw: Any) -> tuple[Any, Any]:
     """Splits a raw value into its array and its mask, or None."""
     return (raw.array, raw.mask) if isinstance(raw, Masked) else (raw, None)
+
+
+def ids_of(raw: Any) -> Any:
+    """The ids of a raw value of `Ids`, whether or not other arrays stand beside them."""
+    array, _ = unmask(raw)
+    return array["ids"] if isinstance(array, Mapping) else array
 
 
 def token_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:

@@ -175,8 +175,8 @@ class Experiment:
         at_least(self, steps=1, batch_size=1, microbatches=1, seed=0, modality_dropout=0)
         if self.modality_dropout >= 1:
             raise InputError(f"modality_dropout={self.modality_dropout}; it has to be less than 1")
-        if self.batch_size % self.microbatches:
-            raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatches={self.microbatches}")
+        if self.microbatches > self.batch_size:
+            raise InputError(f"microbatches={self.microbatches}; there cannot be more than batch_size={self.batch_size}")
         if not self.stages and self.topology not in TOPOLOGIES | BEYOND:
             raise InputError(unknown("topology", self.topology, TOPOLOGIES | BEYOND))
         if self.published is not None:

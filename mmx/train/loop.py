@@ -29,6 +29,7 @@ from mmx.data import Pipeline, PrefetchToDevice, Tokenizer
 from mmx.data.pipeline import put_batch
 from mmx.errors import InputError, naming, writing
 from mmx.evaluate.report import Evaluation, due
+from mmx.modalities.masking import WORDS, modality_of
 from mmx.model import count_parameters
 from mmx.objectives import check_reached, memories
 from mmx.parallel import batch_sharding, make_mesh
@@ -263,12 +264,16 @@ def _restore(experiment: Experiment, checkpoints: Checkpoints, state: TrainState
 def _check_batch(experiment: Experiment, mesh: Mesh) -> None:
     if jax.process_count() > 1:
         raise InputError("training on several processes is not supported yet; start one process with all devices")
-    parts = batch_parts(mesh) * experiment.microbatches
+    parts, shape = batch_parts(mesh), f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
     if experiment.batch_size % parts:
         raise InputError(
-            f"batch_size={experiment.batch_size} is not divisible by {parts}, the number of parts it is split into: mesh "
-            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}, microbatches={experiment.microbatches}; "
-            f"choose a multiple of {parts}"
+            f"batch_size={experiment.batch_size} is not divisible by {parts}, the number of parts the mesh splits it into: "
+            f"{shape}; choose a multiple of {parts}"
+        )
+    if experiment.microbatches > (most := experiment.batch_size // parts):
+        raise InputError(
+            f"microbatches={experiment.microbatches}, but each part of the mesh ({shape}) has {most} examples of a batch of "
+            f"{experiment.batch_size}; set --microbatches to at most {most}"
         )
 
 
@@ -303,7 +308,8 @@ def _use_compile_cache() -> None:
 def _tokens_per_example(task: Task, batch: Any) -> int:
     """Positions of all streams of one example, padding included."""
     model = task.model
-    names = {name: batch[name] for name in model.modalities if name in batch}
+    entries = {entry: value for entry, value in batch.items() if modality_of(entry) in model.modalities}
+    names = {modality_of(entry): value for entry, value in reversed(entries.items()) if not entry.endswith(f"/{WORDS}")}
     streams = jax.eval_shape(
         lambda b: {n: t.values for n, t in model.init_with_output(jax.random.key(0), b)[0].streams.items()}, names
     )

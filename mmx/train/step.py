@@ -84,7 +84,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     ema: float = 0.0,
-    parts: int = 1,
+    parts: int | tuple[int, ...] = 1,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step. Pure: the same state and batch give the same result on any mesh.
 
@@ -118,12 +118,14 @@ def train_step(
     return state, metrics
 
 
-def _evaluate(state: TrainState, batch: Batch, task: Task, parts: int) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
+def _evaluate(
+    state: TrainState, batch: Batch, task: Task, parts: int | tuple[int, ...]
+) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
     """Loss and metrics, the gradient, and what is remembered. Of objectives that are sampled, a step takes one."""
     corrupt_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
 
     def run(task: Task) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
-        context = Context(task.model, state.params, state.ema, state.memory, parts)
+        context = Context(task.model, state.params, state.ema, state.memory, parts if isinstance(parts, int) else len(parts))
         prepared = task.corrupt(batch, corrupt_key, context)
         loss = functools.partial(task.loss, memory=state.memory)
         found, grads = value_and_grad(task.forward, loss, state.params, prepared, dropout_key, parts)
