@@ -17,8 +17,8 @@ import mmx
 from mmx.generation import write
 from mmx.modalities import Ids, Patches
 
-BATCH, WIDTH, DEPTH, HEADS, VOCAB = 4, 256, 6, 4, 4096
-LENGTHS, ROUNDS = (64, 128, 256, 512), 5
+BATCH, WIDTH, DEPTH, HEADS, VOCAB = 2, 128, 4, 4, 1024
+LENGTHS, ROUNDS = (32, 64, 128, 256), 3
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
