@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train, zoo
+    from mmx.evaluate import build_zero_shot_classifier
     from mmx.flops import count_flops
     from mmx.generation import Decoding, generate
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
@@ -43,6 +44,7 @@ _NAMES = {
     "Outputs": "mmx.types",
     "Tokens": "mmx.types",
     "build_model": "mmx.model",
+    "build_zero_shot_classifier": "mmx.evaluate",
     "count_flops": "mmx.flops",
     "count_parameters": "mmx.model",
     "example_batch": "mmx.model",
@@ -64,6 +66,7 @@ __all__ = [
     "Pretrained",
     "Tokens",
     "build_model",
+    "build_zero_shot_classifier",
     "count_flops",
     "count_parameters",
     "create_model",

@@ -3,6 +3,8 @@
 `write` and `search` are the two loops, each one compiled program. They know a model only by its step:
 
     step(ids (N, L), cache, at)     at None: scores (N, L, V) of all places;     at (N, 1): (N, 1, V) of these, with what is kept
+
+`guided` makes one step of two: with what is given, and without.
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError, at_least
 from mmx.losses import LOWEST
+from mmx.modalities.masking import absent
 from mmx.model import MultimodalTransformer
+from mmx.streaming import Listener, listening, tell
 from mmx.types import Batch, Masked, Params
 
 Step: TypeAlias = Callable[[jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]]
@@ -41,15 +45,18 @@ class Decoding:
     """A found sentence is as good as its log probability divided by its length to this power."""
     best: int = 1
     """Sentences that are returned of each prompt: the best beams, or so many draws."""
-    end: tuple[int, ...] = ()
-    """Ids behind which nothing follows."""
-    pad: int = 0
-    """The id of what does not exist."""
+    guidance: float = 1.0
+    """How far from what would be written if nothing were given (classifier-free guidance, arXiv 2207.12598, 1 + w in its eq. 6):
+    1: as the model says; more: what is given weighs more; 0: as if nothing were given."""
+    end: tuple[int, ...] | None = None
+    """Ids behind which nothing follows; (): there are none; None: those that were published with the weights, if any were."""
+    pad: int | None = None
+    """The id of what does not exist; None: the one that was published with the weights, or 0."""
     allowed: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     """`(ids (N, L), place (N,)) -> (N, V)`: which ids may stand there (constrained generation); None: all."""
 
     def __post_init__(self) -> None:
-        at_least(self, temperature=0, minimum=0, beams=1, best=1)
+        at_least(self, temperature=0, minimum=0, beams=1, best=1, guidance=0)
         if self.top_k is not None:
             at_least(self, top_k=1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -93,14 +100,39 @@ class Decoding:
 
     def ends(self, ids: jax.Array) -> jax.Array:
         """Which ids are an end."""
-        return functools.reduce(jnp.logical_or, [ids == end for end in self.end], jnp.zeros(ids.shape, bool))
+        return functools.reduce(jnp.logical_or, [ids == end for end in self.end or ()], jnp.zeros(ids.shape, bool))
+
+    @property
+    def padding(self) -> int:
+        """The id of what does not exist."""
+        return self.pad or 0
 
 
-def write(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding, key: jax.Array) -> dict[str, jax.Array]:
+def guided(given: Step, alone: Step, guidance: float) -> Step:
+    """A step that is led away from what is written `alone`, without what is given (arXiv 2207.12598, 3.2, eq. 6).
+
+        log p(id | nothing) + guidance * (log p(id | given) - log p(id | nothing))
+
+    On log probabilities, as `guidance_scale` in transformers (UnbatchedClassifierFreeGuidanceLogitsProcessor); on the scores
+    themselves, as its models of music do, all ids of a place would move by one number, which a softmax does not see.
+    """
+
+    def both(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+        steps = {"given": given, "alone": alone}
+        found = {name: step(ids, cache.get(name, {}), at) for name, step in steps.items()}
+        log = {name: jax.nn.log_softmax(scores.astype(jnp.float32)) for name, (scores, _) in found.items()}
+        return log["alone"] + guidance * (log["given"] - log["alone"]), {name: kept for name, (_, kept) in found.items()}
+
+    return both
+
+
+def write(
+    step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding, key: jax.Array, listener: Any = None
+) -> dict[str, jax.Array]:
     """Writes `count` ids from the place `start (N,)` on into `ids (N, L)`, greedily or by drawing.
 
     Returns:
-        `sequences (N, L)`, `logits (N, count, V)` as the model gave them, `scores (N,)`: the log probability of what was written.
+        `sequences (N, L)`, `logits (N, count, V)` as the step gave them, `scores (N,)`: the log probability of what was written.
     """
     rows = jnp.arange(len(ids))
 
@@ -111,7 +143,10 @@ def write(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: De
         scores = decoding.scores(logits, ids, place, i)
         chosen = decoding.choose(scores, jax.random.fold_in(key, i))
         total += jnp.where(alive, jax.nn.log_softmax(scores)[rows, chosen], 0)
-        ids = ids.at[rows, place].set(jnp.where(alive, chosen, decoding.pad).astype(ids.dtype))
+        new = jnp.where(alive, chosen, decoding.padding).astype(ids.dtype)
+        if listener is not None:
+            tell(listener, new)
+        ids = ids.at[rows, place].set(new)
         left = left.at[:, i].set(logits)
         logits, cache = step(ids, cache, jnp.minimum(place, ids.shape[1] - 1)[:, None])
         return ids, logits[:, 0], alive & ~decoding.ends(chosen), cache, left, total
@@ -191,21 +226,28 @@ def _padded(ids: jax.Array, start: jax.Array, decoding: Decoding) -> jax.Array:
     """What stands behind an end is padding."""
     own = jnp.arange(ids.shape[1]) >= start[:, None]
     ended = jnp.cumsum(decoding.ends(ids) & own, 1) - (decoding.ends(ids) & own)
-    return jnp.where(ended > 0, decoding.pad, ids)
+    return jnp.where(ended > 0, decoding.padding, ids)
 
 
 def decode(
-    step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding, key: jax.Array | None = None
+    step: Step,
+    ids: jax.Array,
+    start: jax.Array,
+    count: int,
+    decoding: Decoding,
+    key: jax.Array | None = None,
+    listener: Any = None,
 ) -> dict[str, jax.Array]:
     """`search` where there are beams, else `write`; `ids (B, L)` have room for `count` ids behind `start (B,)`."""
+    if decoding.beams > 1 and listener is not None:
+        raise InputError(f"stream: beams={decoding.beams} are known only at their end; stream with beams=1, or leave stream out")
     if decoding.beams > 1:
         return search(step, ids, start, count, decoding)
     if decoding.temperature and key is None:
         raise InputError(f"decoding: temperature={decoding.temperature} draws ids; give a key, such as jax.random.key(0)")
-    return write(step, ids, start, count, decoding, jax.random.key(0) if key is None else key)
+    return write(step, ids, start, count, decoding, jax.random.key(0) if key is None else key, listener)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "text", "head", "length", "begin", "decoding"))
 def generate(
     model: MultimodalTransformer,
     params: Params,
@@ -218,24 +260,54 @@ def generate(
     prompt: Any = None,
     decoding: Decoding = Decoding(),
     key: jax.Array | None = None,
+    stream: Listener | None = None,
 ) -> jax.Array:
-    """Writes a text about what is given: `(B * decoding.best, length)` int32.
+    """Writes a text, or the codes of an image or a sound, about what is given: `(B * decoding.best, length)` int32.
+
+    One compiled program writes all ids; it is made again only for other shapes, models or ways of decoding.
 
     Args:
-        given: the other modalities, at least one. If the text's tokens have tables or vectors beside their ids, they stand
+        given: the other modalities, if any. If the text's tokens have tables or vectors beside their ids, they stand
             here under the text's name: `{"image": ..., "text": {"segment": (B, length)}}`.
-        text: the modality that is generated.
+        text: the modality that is generated, any of ids.
         head: the head that scores the next id.
         length: ids to return, those that are given included.
         begin: the first id; or
         prompt: the first ids, `Masked(ids (B, P), mask (B, P))`, which may differ in length, padded behind.
         decoding: how the next id is chosen.
         key: of what is drawn.
+        stream: called with the new ids `(B * decoding.best,)` of every step while the program runs, padding for rows that
+            have ended; all was told when `generate` returns. Not with beams, nor inside `jax.jit`.
     """
+    with listening(stream, (params, given, prompt)) as listener:
+        return _generate(model, params, given, text, head, length, begin, prompt, decoding, key, listener)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "text", "head", "length", "begin", "decoding"))
+def _generate(
+    model: MultimodalTransformer,
+    params: Params,
+    given: Batch,
+    text: str,
+    head: str,
+    length: int,
+    begin: int | None,
+    prompt: Any,
+    decoding: Decoding,
+    key: jax.Array | None,
+    listener: Any,
+) -> jax.Array:
     beside, others = given.get(text, {}), {name: value for name, value in given.items() if name != text}
-    size = jax.tree.leaves(given)[0].shape[0]
     if (begin is None) == (prompt is None):
         raise InputError("generate: give either begin, the first id, or prompt, the first ids")
+    if not given and prompt is None:
+        raise InputError("generate: nothing is given, and no prompt; how many texts to write nobody has told")
+    if decoding.guidance != 1 and not others:
+        raise InputError(
+            f"generate: guidance={decoding.guidance} leads away from a text about nothing, but nothing is given; "
+            f"give another modality than {text!r}, or leave guidance at 1"
+        )
+    size = jax.tree.leaves((given, prompt))[0].shape[0]
     if begin is not None:
         ids, start = jnp.full((size, 1), begin), jnp.ones(size, jnp.int32)
     else:
@@ -243,10 +315,10 @@ def generate(
         if ids.shape[1] >= length:
             raise InputError(f"generate: length={length}, but the prompts have {ids.shape[1]} ids; there is no room for more")
     spread = decoding.best if decoding.beams == 1 else 1
-    ids = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, length - ids.shape[1])), constant_values=decoding.pad)
+    ids = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, length - ids.shape[1])), constant_values=decoding.padding)
     ids, start, others, beside = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), spread, 0), (ids, start, others, beside))
 
-    def step(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+    def step_with(others: Batch, ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
         more = len(ids) // (size * spread)  # beams
         batch, tables = jax.tree.map(lambda x: jnp.repeat(x, more, 0), (others, beside))
         everywhere = jnp.ones(ids.shape, bool)  # what stands behind the place that is written is seen by nobody
@@ -261,4 +333,8 @@ def generate(
             logits = jnp.take_along_axis(logits, at[..., None], 1)
         return logits, dict(left)
 
-    return decode(step, ids, start, length - 1, decoding, key)["sequences"]
+    step: Step = functools.partial(step_with, others)
+    if decoding.guidance != 1:
+        nothing = {name: absent(value) for name, value in others.items()}
+        step = guided(step, functools.partial(step_with, nothing), decoding.guidance)
+    return decode(step, ids, start, length - 1, decoding, key, listener)["sequences"]

@@ -20,7 +20,7 @@ from mmx.layers.products import INITIAL, Dense
 from mmx.layers.stack import sow_states
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
-from mmx.types import Streams, Tokens
+from mmx.types import Scored, Streams, Tokens
 
 FUSES = ("mean", "sum", "product")
 
@@ -219,7 +219,7 @@ class TokenClassifier(nn.Module):
 
     Args:
         classes: how many; or several answers behind one transform, by name (LXMERT's objects, attributes and features).
-        stream: whose tokens; those of several stand one stream behind the other; None: of all.
+        stream: whose tokens, or those of the stream it was summed into; several stand one behind the other; None: of all.
         transform: whether a dense layer stands before the last one.
         size: of that dense layer; None: as many as it reads.
         activation: behind that dense layer; None: none.
@@ -244,6 +244,7 @@ class TokenClassifier(nn.Module):
     @nn.compact
     def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> Any:
         wanted = (self.stream,) if isinstance(self.stream, str) else self.stream
+        wanted = wanted if wanted is None else [stream_of(streams, name) for name in wanted]
         chosen = [tokens for name, tokens in streams.items() if wanted is None or name in wanted]
         if not chosen:
             return None
@@ -271,13 +272,13 @@ class Reconstruction(nn.Module):
         modality: whose tokens.
         size: numbers of an answer, such as the pixels of a patch.
         depth: layers.
-        block: of these layers.
+        block: of these layers; None: the model's.
     """
 
     modality: str
     size: int
     depth: int
-    block: BlockConfig
+    block: BlockConfig | None = None
     dtype: Any = "float32"
 
     @nn.compact
@@ -286,6 +287,8 @@ class Reconstruction(nn.Module):
     ) -> jax.Array | None:
         if self.modality not in streams:
             return None
+        if self.block is None:
+            raise InputError(f"{self.name}: Reconstruction has no block; give one, or build the model with mmx.build_model")
         tokens, grid = streams[self.modality], modalities[self.modality].grid  # type: ignore[attr-defined]
         block, count, length = dataclasses.replace(self.block, dtype=self.dtype), len(tokens.special), math.prod(grid)
         x = Dense(block.width, dtype=self.dtype, name="project")(tokens.values)
@@ -328,9 +331,7 @@ class TiedDecoder(nn.Module):
     scale: float = 1.0
 
     @nn.compact
-    def __call__(
-        self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]
-    ) -> jax.Array | None:
+    def __call__(self, streams: Streams, pooled: Mapping[str, jax.Array], modalities: Mapping[str, nn.Module]) -> Scored | None:
         ids: Any = modalities[self.modality]
         read = []
         for modality in self.streams or (self.modality,):
@@ -344,7 +345,12 @@ class TiedDecoder(nn.Module):
         x = transform(x, ids.width if self.transform else None, self.activation, self.norm, self.dtype)
         x = x if self.scale == 1 else x * self.scale
         if self.own:
-            logits = Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")(x).astype(jnp.float32)
+            dense = Dense(ids.vocab, use_bias=False, dtype=self.dtype, name="decoder")
+            logits = dense(x).astype(jnp.float32)
+            matrix = dense.variables["params"]["kernel"].T
         else:
-            logits = ids.decode(x)
-        return logits + self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:]) if self.bias else logits
+            logits, matrix = ids.decode(x), ids.matrix
+        if not self.bias:
+            return Scored(logits, x, matrix)
+        bias = self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:])
+        return Scored(logits + bias, x, matrix, bias)

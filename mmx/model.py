@@ -16,7 +16,7 @@ from mmx.layers.stack import shapes_only, sow_states
 from mmx.modalities.masking import token_mask
 from mmx.topologies import Stage, make_topology
 from mmx.topologies.stage import change_block, check_names, fill_block
-from mmx.types import Batch, Masked, Outputs, Streams, Tokens
+from mmx.types import Batch, Masked, Outputs, Scored, Streams, Tokens
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
 
@@ -84,9 +84,10 @@ class MultimodalTransformer(nn.Module):
         pooled = {} if at is not None else {name: self._pool(name, tokens, batch) for name, tokens in whole.items()}
         heads = {name: head for name, head in self.heads.items() if at is None or getattr(head, "per_token", False)}
         answers = {name: head(streams, pooled, self.modalities) for name, head in heads.items()}  # type: ignore[operator]
-        logits = {name: value for name, value in answers.items() if value is not None}
+        scored = {name: value for name, value in answers.items() if isinstance(value, Scored)}
+        logits = {name: value for name, value in answers.items() if value is not None} | {n: s.logits for n, s in scored.items()}
         if self.embed is None or at is not None:
-            return Outputs(streams, pooled, {}, logits)
+            return Outputs(streams, pooled, {}, logits, scored=scored)
         embeddings = {}
         for name in self.modalities:
             if name in batch:
@@ -99,7 +100,7 @@ class MultimodalTransformer(nn.Module):
             scale = jnp.exp(scale)
             scale = scale if self.max_logit_scale is None else jnp.minimum(scale, self.max_logit_scale)
         bias = None if self.logit_bias is None else self.param("logit_bias", nn.initializers.constant(self.logit_bias), ())
-        return Outputs(streams, pooled, embeddings, logits, scale, bias)
+        return Outputs(streams, pooled, embeddings, logits, scale, bias, scored)
 
     def _pool(self, name: str, tokens: Tokens, batch: Batch) -> jax.Array:
         if name not in self.poolers:
@@ -197,7 +198,7 @@ def build_model(
     return MultimodalTransformer(
         modalities={name: embedders[id(m)] for name, m in modalities.items()},
         stages=stages,
-        heads={name: _fill(head, dtype=dtype) for name, head in (outputs or {}).items()},
+        heads={name: _fill(head, block=config, dtype=dtype) for name, head in (outputs or {}).items()},
         embed=None if embed == 0 else embed or width,
         dtype=dtype,
         poolers={name: _fill(pooler, dtype=dtype) for name, pooler in (poolers or {}).items()},
@@ -232,6 +233,6 @@ def change_blocks(model: MultimodalTransformer, **run: Any) -> MultimodalTransfo
 
 
 def _fill(module: nn.Module, **values: Any) -> nn.Module:
-    """Returns the module with `width` and `dtype` set where it left them open."""
-    current = {name: getattr(module, name, None) for name in values}
+    """Returns the module with `dtype` set, and the other fields where it left them open."""
+    current = {name: getattr(module, name) for name in values if hasattr(module, name)}
     return module.clone(**{name: values[name] for name, value in current.items() if value is None or name == "dtype"})

@@ -105,6 +105,19 @@ Metrics: TypeAlias = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
+class Scored:
+    """Scores of ids `logits (B, L, V)` and what they are made of: `states (B, L, D)`, `matrix (V, D)` and `bias (V,)` or None.
+
+    So a loss may make the scores of a few tokens at a time, and need not hold those of all; under jit these are then never made.
+    """
+
+    logits: jax.Array
+    states: jax.Array
+    matrix: jax.Array
+    bias: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class Outputs:
     """What a model returns. Under jit, what is not read is not computed.
 
@@ -113,6 +126,7 @@ class Outputs:
         pooled: `{stream: (B, D)}`, the mean over the tokens that exist; zeros for an example that has none.
         embeddings: `{modality: (B, E)}`, unit length, float32, in the space shared by all modalities.
         logits: `{head: array}`.
+        scored: `{head: Scored}`, of heads that score every id at every token.
         logit_scale: the inverse temperature of the shared space, a positive scalar (CLIP, arXiv 2103.00020, 2.5).
         logit_bias: what a sigmoid loss adds to every similarity (SigLIP, arXiv 2303.15343, 3.2); None: nothing.
     """
@@ -123,3 +137,4 @@ class Outputs:
     logits: dict[str, jax.Array]
     logit_scale: jax.Array | None = None
     logit_bias: jax.Array | None = None
+    scored: dict[str, Scored] = dataclasses.field(default_factory=dict)

@@ -184,7 +184,8 @@ def run(folder: str | Path) -> dict[str, np.ndarray]:
         prompt = {name.removeprefix("generate."): value for name, value in inputs.items() if name.startswith("generate.")}
         others = {n: v for n, v in first.items() if n in names.source}
         steps = wanted["generate.logits"].shape[1]
-        fields["generate."] = flatten(pretrained.generate(**{**others, **prompt}, max_new_tokens=steps))
+        endless = mmx.Decoding(end=())  # as they were recorded
+        fields["generate."] = flatten(pretrained.generate(steps, endless, **{**others, **prompt}))
     found = {}
     for name in wanted:
         prefix = max((p for p in fields if name.startswith(p)), key=len)

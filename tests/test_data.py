@@ -12,7 +12,8 @@ import pytest
 import mmx
 from mmx.data import DataConfig, DataError, Pipeline, PrefetchToDevice, Tokenizer, open_source, train_tokenizer
 from mmx.data.builders.emoji import composition_keys, read_entries
-from mmx.data.pipeline import Examples, stack
+from mmx.data.examples import Examples
+from mmx.data.pipeline import stack
 from mmx.data.sources import _prepare
 from mmx.data.text import cached_tokenizer
 from mmx.errors import InputError
@@ -198,7 +199,7 @@ def test_a_tokenizer_that_is_too_large_is_refused():
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the prepared set, to be damaged."""
-    folder = tmp_path / "emoji" / "1.0.0"
+    folder = tmp_path / "emoji" / "1.1.0"
     shutil.copytree(_prepare("emoji").data_dir, folder)
     return folder
 
@@ -240,7 +241,7 @@ def test_the_default_text_length_holds_every_name():
 
 
 def test_raw_values_are_padded_to_what_an_embedder_reads(rng):
-    from mmx.data.pipeline import fit_raw
+    from mmx.data.examples import fit_raw
     from mmx.errors import InputError
     from mmx.modalities import Features, Graph, PackedPatches, Waveform
 
@@ -265,7 +266,7 @@ def test_raw_values_are_padded_to_what_an_embedder_reads(rng):
 
 def test_a_video_is_not_shifted_in_time():
     """`shift` is for images: patches of another rank, and spectrograms by their own choice, stay as they are."""
-    from mmx.data.pipeline import _is_image
+    from mmx.data.examples import is_image
     from mmx.modalities import Patches
 
-    assert _is_image(Patches((8, 8), (4, 4))) and not _is_image(Patches((4, 8, 8), (2, 4, 4)))
+    assert is_image(Patches((8, 8), (4, 4))) and not is_image(Patches((4, 8, 8), (2, 4, 4)))

@@ -1,4 +1,8 @@
-"""Retrieval metrics, captions, the contact sheet, generation, FLOPs."""
+"""Retrieval metrics, zero-shot classes, captions, the contact sheet, generation, FLOPs."""
+
+import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +12,13 @@ import pytest
 import mmx
 from mmx.data import Pipeline
 from mmx.errors import InputError
-from mmx.evaluate import Captions, Evaluation, Missing, Retrieval, retrieval_metrics
+from mmx.evaluate import Captions, Evaluation, Missing, Retrieval, ZeroShot, retrieval_metrics
 from mmx.evaluate.contact_sheet import contact_sheet
 from mmx.evaluate.report import due
-from mmx.evaluate.retrieval import chance_metrics
+from mmx.evaluate.retrieval import chance_metrics, embed_split
 from mmx.parallel import MeshConfig, make_mesh
+from mmx.pretrained import _own
+from mmx.train.experiment import from_json, to_json
 
 
 def test_ranks_equal_a_naive_count(rng):
@@ -56,6 +62,129 @@ def test_retrieval_report(tiny):
     eight = Retrieval(split="composition[:20]")(evaluation(tiny, devices=8))
     assert eight.metrics == report.metrics
     assert not Retrieval(split="composition[:20]")(evaluation(tiny, final=False)).pictures
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+NAMES, TEMPLATES = ["man", "flag", "cat"], ("a {}", "{}: dark skin tone", lambda name: name.upper())
+
+
+def test_classes_are_means_of_unit_vectors(tiny):
+    """Of a model bound to its parameters, of the same as a `Pretrained`, and of any function; as the formula in NumPy."""
+    at = evaluation(tiny)
+    tokenizer, variables = at.data.tokenizer, {"params": at.params}
+    texts = [text for name in NAMES for text in (f"a {name}", f"{name}: dark skin tone", name.upper())]
+    run = jax.jit(lambda raw: at.model.apply(variables, {"text": raw}).embeddings["text"])
+    vectors = np.asarray(run(tokenizer(texts, 12))).reshape(3, 3, -1)
+    expected = unit(unit(vectors).mean(1)).T  # (E, C), as open_clip returns it
+    build = mmx.build_zero_shot_classifier
+    np.testing.assert_allclose(build(at.model.bind(variables), tokenizer, NAMES, TEMPLATES), expected, atol=1e-6)
+    np.testing.assert_allclose(build(at.model.bind(variables), tokenizer, NAMES, TEMPLATES, batch_size=4), expected, atol=1e-6)
+    pretrained = _own(tiny, at.model, at.params, tokenizer)
+    np.testing.assert_allclose(build(pretrained, None, NAMES, TEMPLATES), expected, atol=1e-6)
+    longer = build(lambda raw: 3 * run(raw), lambda texts: tokenizer(texts, 12), NAMES, TEMPLATES)  # not of length 1
+    np.testing.assert_allclose(longer, expected, atol=1e-6)
+
+
+def test_classes_of_a_published_model():
+    pretrained = mmx.load_pretrained(Path(__file__).parent / "published" / "CLIPModel")
+    words = {"a cat": [5, 9, 3, 90], "a dog": [5, 7, 8, 90], "the cat": [4, 9, 3, 90], "the dog": [4, 7, 8, 90]}
+
+    def tokenizer(texts):
+        return {"input_ids": np.asarray([words[text] for text in texts])}
+
+    vectors = {text: np.asarray(pretrained(**tokenizer([text]))["text_embeds"][0]) for text in words}
+    expected = unit(np.stack([vectors[f"a {name}"] + vectors[f"the {name}"] for name in ("cat", "dog")]))
+    found = mmx.build_zero_shot_classifier(pretrained, tokenizer, ["cat", "dog"], ["a {}", "the {}"])
+    np.testing.assert_allclose(found, expected.T, atol=1e-5)
+
+
+def test_wrong_classes_are_refused(tiny):
+    model = tiny.build_model()
+    for template, message in (
+        ("a photo", "write {} where"),
+        ("{} {}", "IndexError"),
+        ("{name}", "KeyError"),
+        ("{", "ValueError"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmx.build_zero_shot_classifier(len, list, NAMES, [template])
+    for given, message in (
+        ((model, len), "model.bind"),
+        ((3, len), "expected a Pretrained"),
+        ((len, None), "expected a Pretrained"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mmx.build_zero_shot_classifier(*given, NAMES, ["{}"])
+    with pytest.raises(InputError, match="0 classes"):
+        mmx.build_zero_shot_classifier(len, list, [], ["{}"])
+
+
+def test_zero_shot_report(tiny):
+    """Beside the same by hand: those of one tone only, the nearest class, what chance and the commonest class give."""
+    split, tones = "composition[:60]", {str(i): f"{name} skin tone" for i, name in enumerate(("light", "dark", "red"), 1)}
+    at = evaluation(tiny)
+    ask = ZeroShot(split=split, label="tones", classes=tones, templates=("{}", "man: {}"))
+    ask.check(at.data)
+    report = ask(at)
+    source = at.data.source(split)
+    said = [sorted({*np.asarray(source[i]["tones"]).tolist()}) for i in range(60)]
+    rows = [i for i, values in enumerate(said) if len(values) == 1 and values[0] <= 3]
+    answers = np.asarray([said[i][0] - 1 for i in rows])
+    assert 0 < len(rows) < sum(len(values) == 1 for values in said) < 60
+    images = embed_split(at, split, ("image",))["image"][rows]
+    classes = mmx.build_zero_shot_classifier(
+        at.model.bind({"params": at.params}), at.data.tokenizer, [*tones.values()], ask.templates
+    )
+    right = (images @ classes).argmax(1) == answers
+    each = [right[answers == answer].mean() for answer in range(3)]
+    assert report.metrics == {"top1": pytest.approx(right.mean()), "mean_per_class": pytest.approx(np.mean(each))}
+    often = np.bincount(answers).max() / len(rows)
+    assert f"{len(rows)} of {split}, 3 classes" in report.text
+    assert [line.split()[-2:] for line in report.text.splitlines()[2:]] == [["0.333", "0.333"], [f"{often:.3f}", "0.333"]]
+    assert ask(evaluation(tiny, devices=8)).metrics == report.metrics
+    assert not ask(evaluation(tiny, final=False)).text
+
+
+def test_zero_shot_finds_its_classes_in_the_training_split(tiny):
+    """All that it says; a model that has learned nothing is near chance, one that knows the answers is always right."""
+    at = evaluation(tiny)
+    report = ZeroShot(split="train[64:128]", query="text", label="group")(at)
+    groups = {at.data.source("train[:64]")[i]["group"] for i in range(64)}
+    assert f"{len(groups)} classes" in report.text and set(report.metrics) == {"top1", "top5", "mean_per_class"}
+    assert report.metrics["top1"] < report.metrics["top5"] < 1
+    names = ZeroShot(split="train[:64]", query="text", label="name")(at)  # each text is its own class
+    assert names.metrics["top1"] > 0.9 and names.metrics["top5"] == 1  # but for those that 12 tokens do not tell apart
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label": "grup"}, "did you mean 'group'"),
+        ({"split": "compositon"}, "did you mean 'composition'"),
+        ({"query": "imag"}, "did you mean 'image'"),
+        ({"text": "image"}, "not read as text"),
+    ],
+)
+def test_a_wrong_zero_shot_is_refused_before_training(tiny, fields, message):
+    data = Pipeline(tiny.data, tiny.modalities, tiny.batch_size)
+    with pytest.raises(InputError, match=message):
+        ZeroShot(**fields).check(data)
+
+
+def test_a_zero_shot_without_examples_says_so(tiny):
+    with pytest.raises(InputError, match="group of composition\\[:4\\] says people-body; none is among the classes person"):
+        ZeroShot(split="composition[:4]", classes={"person": "person"})(evaluation(tiny))
+    with pytest.raises(InputError, match="write {} where"):
+        ZeroShot(templates=("a person",))
+
+
+def test_zero_shot_is_kept_with_the_run(tiny):
+    ask = ZeroShot(label="tones", classes={"1": "light"}, templates=("{}", "man: {}"))
+    again = from_json(json.loads(json.dumps(to_json(dataclasses.replace(tiny, evaluators={**tiny.evaluators, "tones": ask})))))
+    assert again.evaluators["tones"] == ask
 
 
 def test_greedy_is_the_likeliest_next_token_step_by_step(tiny):
@@ -104,8 +233,6 @@ def test_greedy_of_ids_with_tables(rng):
 def test_captions_report(tiny):
     report = Captions(split="composition[:20]", count=12, show=3)(evaluation(tiny))
     assert report.metrics["exact"] == 0 and "of 12 are right" in report.text and len(report.text.splitlines()) == 5
-    import dataclasses
-
     mute = dataclasses.replace(tiny, objectives={"contrastive": mmx.objectives.Contrastive()})
     assert "no captions" in Captions()(evaluation(mute)).text
 

@@ -1,7 +1,10 @@
 """Generation: what is remembered gives the numbers of what is computed again, and costs what one token costs."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -105,7 +108,170 @@ def test_a_token_costs_what_one_token_costs():
     assert work(128, True) < 1.02 * work(128, False) / 128
 
 
+@pytest.mark.parametrize(
+    "topology", ["multi_to_one", "cross_to_concatenation", STAGES["decoder"]], ids=["joint", "cross", "decoder"]
+)
+def test_a_loop_costs_one_reading_and_its_steps(topology):
+    """What is given goes through the model once, and a step grows with the text only by the keys that attention sees."""
+
+    def make(length):
+        model = mmx.build_model(
+            {"image": Patches((8, 8), (2, 2)), "text": Ids(11, length)}, topology, width=32, depth=4, heads=2,
+            outputs={"captioning": mmx.heads.TiedDecoder("text")},
+        )  # fmt: skip
+        return model, jax.eval_shape(lambda: model.init(jax.random.key(0), mmx.example_batch(model, 1)))
+
+    def step(length, image=True):
+        model, variables = make(length)
+        batch = mmx.example_batch(model, 1)
+        (_, cache) = jax.eval_shape(lambda v: model.apply(v, batch, ("text",), mutable=["cache"]), variables)
+        at = {"text": jnp.zeros((1, 1), jnp.int32)}
+        return mmx.count_flops(
+            lambda v: model.apply(v, batch, ("text",), None, at, mutable=["cache"])[0].logits["captioning"],
+            {**variables, **cache},
+        )
+
+    def loop(length, text):
+        model, variables = make(length)
+        image = jnp.zeros((1, 8, 8, 3), jnp.uint8)
+        return mmx.count_flops(lambda p: mmx.generate(model, p, {"image": image}, length=text, begin=1), variables["params"])
+
+    keys = {"multi_to_one": 4, "cross_to_concatenation": 4}.get(topology if isinstance(topology, str) else "", 2)
+    assert (
+        step(24) - step(16) == step(32) - step(24) == 8 * keys * 2 * 2 * 32
+    )  # layers x (scores, values) x multiply, add x width
+    model, variables = make(32)
+    batch = {"image": jnp.zeros((1, 8, 8, 3), jnp.uint8), "text": jnp.zeros((1, 32), jnp.int32)}
+    reading = mmx.count_flops(lambda v: model.apply(v, batch, ("text",)).logits["captioning"], variables)
+    assert loop(32, 32) == reading + 31 * step(32)
+
+
+def test_a_loop_is_traced_once_whatever_its_length_and_whoever_listens():
+    model, params = build("multi_to_one")
+    given = {"image": np.zeros((2, 8, 8, 3), np.uint8)}
+    traces = []
+
+    def allowed(ids, place):
+        traces.append(ids.shape)
+        return jnp.ones((len(ids), 11), bool)
+
+    def count(length, **more):
+        before = len(traces)
+        mmx.generate(model, params, given, length=length, begin=1, decoding=mmx.Decoding(allowed=allowed), **more)
+        return len(traces) - before
+
+    first = count(3, stream=lambda ids: None)
+    assert first and count(LENGTH, stream=lambda ids: None) == first and count(LENGTH, stream=lambda ids: None) == 0
+
+
+def draw(topology, codes=13):
+    """A model that writes four codes about a text."""
+    model = mmx.build_model(
+        {"text": Ids(9, 4), "codes": Ids(codes, 5)}, topology, width=16, depth=4, heads=2,
+        outputs={"codes": mmx.heads.TiedDecoder("codes")},
+    )  # fmt: skip
+    params = jax.jit(model.init)(jax.random.key(0), mmx.example_batch(model))["params"]
+    params = jax.tree.map(lambda p, k: p + 0.3 * jax.random.normal(k, p.shape), params, keys(params))
+    return model, params, functools.partial(mmx.generate, model, params, text="codes", head="codes", length=5)
+
+
+def led(model, params, text, codes, guidance):
+    """Guided log probabilities of every next code, by two whole passes."""
+    passes = [
+        jax.nn.log_softmax(model.apply({"params": params}, batch, ("codes",)).logits["codes"])
+        for batch in ({"text": text, "codes": codes}, {"codes": codes})
+    ]
+    return passes[1] + guidance * (passes[0] - passes[1])
+
+
+@pytest.mark.parametrize("topology", ["multi_to_one", "early_summation"])
+def test_guidance_leads_away_from_codes_about_nothing(rng, topology):
+    """Step by step as two whole passes say, the second one without the text; with keys and values kept, and where none can be."""
+    model, params, write = draw(topology)
+    text = mmx.Masked(rng.integers(0, 9, (6, 4)), np.arange(4) < rng.integers(1, 5, (6, 1)))
+    scores = jax.jit(functools.partial(led, model))
+
+    def by_hand(guidance):
+        codes = np.zeros((6, 5), int)
+        for place in range(1, 5):
+            codes[:, place] = scores(params, text, codes, guidance)[:, place - 1].argmax(-1)
+        return codes
+
+    assert (by_hand(3.0) != by_hand(1.0)).any()
+    np.testing.assert_array_equal(write(given={"text": text}, begin=0, decoding=mmx.Decoding(guidance=3.0)), by_hand(3.0))
+    nothing = mmx.Masked(np.zeros((6, 1), int), np.ones((6, 1), bool))
+    np.testing.assert_array_equal(write(given={}, prompt=nothing), by_hand(0.0))
+
+
+def test_a_search_follows_guided_codes(rng):
+    """As many beams as there are beginnings find the sentence that is the likeliest of all."""
+    model, params, write = draw("multi_to_one", codes=4)
+    text = rng.integers(0, 9, (2, 4))
+    decoding = mmx.Decoding(guidance=2.5, beams=16, length_penalty=0.0)
+    found = write(given={"text": text}, prompt=mmx.Masked(np.full((2, 2), 1), np.ones((2, 2), bool)), decoding=decoding)
+    every = np.asarray([(1, 1, *codes) for codes in itertools.product(range(4), repeat=3)])
+    scores = jax.jit(functools.partial(led, model))
+    for row in range(2):
+        each = jax.nn.log_softmax(scores(params, np.repeat(text[row : row + 1], len(every), 0), every, 2.5))[:, 1:4]
+        best = np.take_along_axis(np.asarray(each), every[:, 2:, None], 2).sum((1, 2)).argmax()
+        np.testing.assert_array_equal(found[row], every[best])
+
+
+def test_guidance_wants_something_that_is_given():
+    _, _, write = draw("multi_to_one")
+    prompt = mmx.Masked(np.zeros((2, 1), int), np.ones((2, 1), bool))
+    with pytest.raises(InputError, match="guidance=2.0 leads away .* nothing is given"):
+        write(given={}, prompt=prompt, decoding=mmx.Decoding(guidance=2.0))
+    with pytest.raises(InputError, match="how many texts"):
+        write(given={}, begin=0)
+    with pytest.raises(InputError, match="published inputs do not tell"):
+        mmx.load_pretrained(T5).generate(2, mmx.Decoding(guidance=2.0), input_ids=np.ones((1, 3), int))
+
+
+def test_a_listener_is_told_every_step(rng):
+    """The ids that are returned, column by column, for prompts of one length; padding where a row has ended or has no room."""
+    model, params = build("multi_to_one")
+    given = {"image": rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
+    write = functools.partial(mmx.generate, model, params, given, length=LENGTH)
+    plain = np.asarray(write(begin=1))
+    told: list[np.ndarray] = []
+    found = np.asarray(write(begin=1, decoding=mmx.Decoding(end=(int(plain[0, 2]),), pad=10), stream=told.append))
+    np.testing.assert_array_equal(np.stack(told, 1), found[:, 1:])
+    ended = np.cumsum(plain[:, 1:] == plain[0, 2], 1) - (plain[:, 1:] == plain[0, 2]) > 0
+    np.testing.assert_array_equal(found[:, 1:], np.where(ended, 10, plain[:, 1:]))
+    assert ended[0, 2:].all()
+    told.clear()
+    sizes = np.asarray([1, 4, 2])
+    prompt = mmx.Masked(rng.integers(0, 9, (3, 4)), np.arange(4) < sizes[:, None])
+    found = np.asarray(write(prompt=prompt, stream=told.append))
+    for row, size in enumerate(sizes):
+        np.testing.assert_array_equal(np.stack(told, 1)[row], [*found[row, size:], *[0] * (size - 1)])
+
+
+def test_listeners_that_fail_and_programs_that_cannot_have_one():
+    model, params = build("multi_to_one")
+    given = {"image": np.zeros((2, 8, 8, 3), np.uint8)}
+    write = functools.partial(mmx.generate, model, params, length=LENGTH, begin=1)
+    told = []
+
+    def fail(ids):
+        told.append(ids)
+        raise KeyError("the reader has gone")
+
+    with pytest.raises(KeyError, match="the reader has gone"):
+        write(given, stream=fail)
+    assert len(told) == 1
+    told.clear()
+    write(given, stream=told.append)
+    assert len(told) == LENGTH - 1
+    with pytest.raises(InputError, match="stream with beams=1"):
+        write(given, decoding=mmx.Decoding(beams=2), stream=told.append)
+    with pytest.raises(InputError, match="outside jax.jit"):
+        jax.jit(lambda given: write(given, stream=told.append))(given)
+
+
 HERE = Path(__file__).parent
+T5 = HERE / "published" / "T5ForConditionalGeneration"
 SEARCHES = json.loads((HERE / "generation.json").read_text())  # of transformers 5.23: 4 beams, the best 2, 8 new ids
 
 
@@ -169,7 +335,12 @@ def test_prompts_of_different_lengths_and_what_is_allowed(rng):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"top_p": 0.0}, "top_p=0.0"), ({"beams": 2, "best": 3}, "at most its beams"), ({"repetition_penalty": 0}, "is a factor")],
+    [
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"beams": 2, "best": 3}, "at most its beams"),
+        ({"repetition_penalty": 0}, "is a factor"),
+        ({"guidance": -1.0}, "guidance=-1.0"),
+    ],
 )
 def test_wrong_decodings_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
@@ -183,3 +354,44 @@ def test_drawing_wants_a_key(rng):
         mmx.generate(model, params, given, length=4, begin=1, decoding=mmx.Decoding(temperature=1.0))
     several = mmx.Decoding(temperature=1.0, best=3)
     assert mmx.generate(model, params, given, length=4, begin=1, decoding=several, key=jax.random.key(0)).shape == (6, 4)
+
+
+def test_published_ends_are_those_of_a_sentence(tmp_path):
+    """Of config.json; of generation_config.json where there is one; of whoever calls, before both."""
+    inputs = safetensors.numpy.load_file(T5 / "inputs.safetensors")
+    endless = safetensors.numpy.load_file(T5 / "outputs.safetensors")["generate.sequences"]
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert (endless[2] == [0, 44, 79, 0, 1, 79, 0, 79, 0]).all()
+    told: list[np.ndarray] = []
+    found = mmx.load_pretrained(T5).generate(8, stream=told.append, **given)["sequences"]
+    np.testing.assert_array_equal(found, np.where(np.arange(9) < [[9], [9], [5]], endless, 0))
+    np.testing.assert_array_equal(np.stack(told, 1), np.asarray(found)[:, 1:])
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(T5 / file, tmp_path)
+    fields = {"eos_token_id": [60, 44], "pad_token_id": 7, "decoder_start_token_id": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    pretrained = mmx.load_pretrained(tmp_path)
+    found = np.asarray(pretrained.generate(8, **given)["sequences"])
+    assert (found[:, 0] == 9).all()
+    same = pretrained.generate(8, mmx.Decoding(end=(60, 44), pad=7), decoder_input_ids=np.full((3, 1), 9), **given)
+    np.testing.assert_array_equal(found, same["sequences"])
+    mmx.save_pretrained(tmp_path / "again", pretrained)
+    assert mmx.load_pretrained(tmp_path / "again").decoding() == mmx.Decoding(end=(60, 44), pad=7)
+    assert pretrained.decoding(mmx.Decoding(end=(5,), pad=1, beams=3)) == mmx.Decoding(end=(5,), pad=1, beams=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "pad"),
+    [
+        ("BlipForConditionalGeneration", 3, 0),  # its sep_token_id, in the part on text
+        ("LlavaForConditionalGeneration", 2, 0),
+        ("PaliGemmaForConditionalGeneration", 1, 0),
+        ("MarianMTModel", 0, 95),
+        ("GPT2LMHeadModel", 2, 0),
+    ],
+)
+def test_ends_are_read_from_the_part_on_text(name, end, pad, tmp_path):
+    pretrained = mmx.load_pretrained(HERE / "published" / name)
+    mmx.save_pretrained(tmp_path, pretrained)
+    for one in (pretrained, mmx.load_pretrained(tmp_path)):
+        assert one.decoding() == mmx.Decoding(end=(end,), pad=pad) and one.decoding(mmx.Decoding(end=())).end == ()

@@ -10,7 +10,7 @@ import pytest
 import mmx
 from mmx import objectives
 from mmx.errors import InputError
-from mmx.objectives import Captioning, Contrastive, Matching, run_views, view
+from mmx.objectives import Captioning, Context, Contrastive, Matching, run_views, view
 from mmx.topologies import BEYOND, TOPOLOGIES
 
 ALL = {"contrastive": Contrastive(), "matching": Matching(), "captioning": Captioning()}
@@ -45,28 +45,35 @@ def test_a_view_is_read_off_a_larger_one_where_streams_keep_apart(tiny, batch):
     assert work("early_summation", wanted) == sum(work("early_summation", [v]) for v in wanted)
 
 
+def entries_of(objective, batch, key):
+    """What is swapped, and the labels."""
+    ((entry, *_),) = [[e for m, e in view.reads if m == "text"] for view in objective.views()]
+    out = objective.corrupt(batch, key, Context(None))
+    return out[entry], out[f"{entry}:label"]
+
+
 def test_matching_labels_say_what_is_swapped(batch):
     objective = Matching(swap_rate=0.5)
+    corrupt = jax.jit(lambda key: entries_of(objective, batch, key))
     labels = []
     for seed in range(40):
-        out = objective.corrupt(batch, jax.random.key(seed))
-        same = (np.asarray(out["matching/swapped"].array) == batch["text"].array).all(-1)
-        np.testing.assert_array_equal(out["matching/label"], same)
-        labels.append(out["matching/label"])
+        swapped, label = corrupt(jax.random.key(seed))
+        np.testing.assert_array_equal(label, (np.asarray(swapped.array) == batch["text"].array).all(-1))
+        labels.append(label)
     assert 0.4 < np.mean(labels) < 0.6
 
 
 def test_matching_calls_an_equal_text_equal(batch):
     twins = dict(batch, text=jax.tree.map(lambda x: np.repeat(x[:1], len(x), 0), batch["text"]))
-    assert Matching(swap_rate=1.0).corrupt(twins, jax.random.key(0))["matching/label"].all()
-    assert not Matching(swap_rate=1.0).corrupt(batch, jax.random.key(0))["matching/label"].any()
+    assert entries_of(Matching(swap_rate=1.0), twins, jax.random.key(0))[1].all()
+    assert not entries_of(Matching(swap_rate=1.0), batch, jax.random.key(0))[1].any()
 
 
 def losses_of(model, params, batch, only=tuple(ALL)):
     chosen = {name: ALL[name] for name in only}
 
     def run(params, batch):
-        corrupted = objectives.corrupt(chosen, batch, jax.random.key(3))
+        corrupted = objectives.corrupt(chosen, batch, jax.random.key(3), Context(model, params))
         return objectives.total_loss(chosen, objectives.forward(chosen, model, params, corrupted, None))
 
     return jax.jit(run)(params, batch)
@@ -108,10 +115,10 @@ def test_matching_leaves_out_examples_that_lack_a_side(tiny, batch):
     present = np.arange(8) < 5
     text = mmx.Masked(batch["text"].array, batch["text"].mask & present[:, None])
     objective = Matching()
-    corrupted = objective.corrupt(dict(batch, text=text), jax.random.key(3))
+    corrupted = objective.corrupt(dict(batch, text=text), jax.random.key(3), Context(model))
     (outputs,) = run_views(model, params, corrupted, objective.views(), None).values()
     values = objective.select([outputs], corrupted)
-    there = np.asarray(corrupted["matching/swapped"].mask).any(-1)
+    there = np.asarray(entries_of(objective, dict(batch, text=text), jax.random.key(3))[0].mask).any(-1)
     np.testing.assert_array_equal(values["there"], there)
     assert 0 < there.sum() < 8
     expected = mmx.losses.cross_entropy(values["logits"], values["label"])[there].mean()
@@ -128,7 +135,11 @@ def test_three_modalities_are_compared_in_pairs(rng):
 
 def test_a_sigmoid_asks_of_every_pair_in_any_form(tiny, batch):
     """The same gradient dense and in a ring; it wants a bias, and softmax wants none."""
-    siglip = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, logit_scale=10.0, logit_bias=-10.0))
+    siglip = dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, logit_scale=10.0, logit_bias=-10.0),
+        objectives={"contrastive": Contrastive(kind="sigmoid")},
+    )
     model, params = setup(siglip)
 
     def value(form, kind="sigmoid"):

@@ -5,9 +5,10 @@ runs of rows, so batch number i holds the same examples in the same order on any
 data is the step number.
 """
 
+import bisect
 import collections
-import dataclasses
 import functools
+import itertools
 import queue
 import threading
 import time
@@ -22,109 +23,28 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mmx.cache import cache_folder
-from mmx.data.image import check_image, cut_patches, shift
+from mmx.data.config import DataConfig
+from mmx.data.examples import LABEL, Examples, absent_entries, is_image, is_text, names_of, value_of
+from mmx.data.image import shift
 from mmx.data.sources import DataError, Source, open_source
 from mmx.data.text import Tokenizer, cached_tokenizer
-from mmx.errors import InputError, at_least, unknown
-from mmx.modalities import Ids, PackedPatches, Patches
-from mmx.modalities.masking import unmask
+from mmx.errors import InputError, naming, unknown
+from mmx.modalities import Ids
+from mmx.modalities.masking import WORDS, modality_of, unmask
 from mmx.types import Batch, Masked
 
 CORPUS = 100_000  # examples from which a tokenizer is learned, evenly spread over a larger split
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is read, and how it becomes batches."""
-
-    name: str = "emoji"
-    """A built-in data set, or the folder of one that TFDS prepared in ArrayRecord format."""
-    split: str = "train"
-    """The split to train on; TFDS's slices (train[:80%]) are understood."""
-    fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image": "image", "text": "name"})
-    """For each modality the field of the data set that holds it."""
-    shift: int = 1
-    """Training images are moved by up to this many pixels, at random."""
-    keep: bool = True
-    """Keep decoded examples in memory, for sets that fit there."""
-    threads: int = 1
-    """Threads that read and decode."""
-    buffer: int = 8
-    """Batches that are prepared ahead on the host."""
-    tokenizer: str = ""
-    """A tokenizer.json. Empty: one is learned from the texts of the split, and kept with the run."""
-
-    def __post_init__(self) -> None:
-        at_least(self, shift=0, threads=1, buffer=1)
-
-
-class Examples:
-    """A source whose examples are decoded and checked for the model: `{modality: array or Masked}`, the same every time.
-
-    Args:
-        source: where they come from.
-        fields: for each modality its field of the source.
-        modalities: the embedders; they say what an example must look like.
-        tokenizer: turns str into ids.
-        keep: whether decoded examples stay in memory.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        fields: Mapping[str, str],
-        modalities: Mapping[str, nn.Module],
-        tokenizer: Tokenizer | None,
-        keep: bool,
-    ):
-        self.source, self._fields, self._modalities, self._tokenizer = source, fields, modalities, tokenizer
-        self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
-        self._forms: dict[str, tuple[Any, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __repr__(self) -> str:
-        return f"Examples({self.source!r})"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._kept is not None and index in self._kept:
-            return dict(self._kept[index])
-        raw, example = self.source[index], {}
-        for name, field in self._fields.items():
-            try:
-                example[name] = self._decode(name, raw[field])
-            except ValueError as error:
-                key = raw.get("key", "none")
-                where = f"{self.source.label}, example {index} (key {key}), field {field!r}, modality {name!r}"
-                raise DataError(f"{where}: {error}") from error
-        if self._kept is not None:
-            self._kept[index] = example
-        return dict(example)
-
-    def _decode(self, name: str, value: Any) -> Any:
-        embedder = self._modalities[name]
-        if isinstance(embedder, Patches) and _is_image(embedder):
-            return check_image(np.asarray(value), (*embedder.size, embedder.channels))
-        if isinstance(embedder, Ids) and isinstance(value, str):
-            assert self._tokenizer is not None
-            return Masked(*self._tokenizer.encode(value, embedder.length))
-        if isinstance(embedder, PackedPatches):
-            return Masked(*cut_patches(np.asarray(value), embedder.patch, embedder.length))
-        if name not in self._forms:
-            self._forms[name] = raw_form(embedder)
-        return fit_raw(embedder, value, self._forms[name])
-
-
 class Pipeline:
-    """Batches of one data set for the modalities of one model.
+    """Batches of one data set, or of several that are mixed, for the modalities of one model.
 
     Args:
         config: what is read.
         modalities: the model's embedders, by name.
         batch_size: examples per step, over all processes.
         seed: of the order and of the random transforms.
-        tokenizer: for ids; None: learned from the texts of the split, once.
+        tokenizer: for ids; None: learned from the texts of the splits, once.
     """
 
     def __init__(
@@ -135,29 +55,42 @@ class Pipeline:
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ):
-        for name in config.fields:
-            if name not in modalities:
-                raise InputError(unknown("modality in data.fields", name, modalities))
         self.config, self.batch_size, self.seed, self.modalities = config, batch_size, seed, modalities
-        source = self.source(config.split)
-        if len(source) < batch_size:
+        self._check_names()
+        sources = [self._source(number, data.split) for number, data in enumerate(config.sets)]
+        if len(sources[0]) < batch_size:
             raise DataError(
-                f"{source.label} has {len(source)} examples, fewer than a batch of {batch_size}; "
+                f"{sources[0].label} has {len(sources[0])} examples, fewer than a batch of {batch_size}; "
                 f"choose a smaller --batch-size or a larger split"
             )
         if tokenizer is None and config.tokenizer:
             tokenizer = Tokenizer.load(Path(config.tokenizer))
-        self.tokenizer = tokenizer or self._learn_tokenizer(source)
+        texts = [self._texts(number, source) for number, source in enumerate(sources)]
+        self.tokenizer = tokenizer or self._learn_tokenizer(sources, texts)
         self._check_vocab()
-        self.examples = functools.cache(self._examples)
+        self._grouped = {e for found in texts for e, parts in found.items() if parts}
+        self._absent = {}
+        if config.also:
+            self._absent = absent_entries([self._decoded(source, number, False) for number, source in enumerate(sources)])
+        self._examples = functools.cache(
+            lambda number, split: self._decoded(self._source(number, split), number, self.config.keep)
+        )
 
     def train(self, first_step: int = 0) -> Iterator[Batch]:
-        """Endless shuffled batches, from batch number `first_step` on: this process's rows, as NumPy."""
+        """Endless shuffled batches, from batch number `first_step` on: this process's rows, as NumPy.
+
+        The examples of several data sets are counted through; their ratios hold in every batch, to one example.
+        """
         processes, process = jax.process_count(), jax.process_index()
-        examples = self.examples(self.config.split)
-        order = grain.MapDataset.range(len(examples)).seed(self.seed).shuffle().repeat()
+        sets = [self._examples(number, data.split) for number, data in enumerate(self.config.sets)]
+        starts = [0, *itertools.accumulate(map(len, sets))]
+        orders = [
+            grain.MapDataset.range(*places).seed(self.seed + number).shuffle().repeat()
+            for number, places in enumerate(itertools.pairwise(starts))
+        ]
+        order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [data.ratio for data in self.config.sets])
         order = order.batch(self.batch_size // processes, drop_remainder=True)[process::processes]
-        batches = order.map_with_index(functools.partial(self._read, examples, process))
+        batches = order.map_with_index(functools.partial(self._read, sets, starts, process))
         options = grain.ReadOptions(num_threads=self.config.threads, prefetch_buffer_size=self.config.buffer)
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": first_step})
@@ -171,91 +104,102 @@ class Pipeline:
             rows = [*indices, *[indices[-1]] * (batch_size - len(indices))]
             yield stack([examples[int(i)] for i in rows]), indices
 
+    def examples(self, split: str) -> Examples:
+        """The examples of a split of the first data set, decoded."""
+        return self._examples(0, split)
+
     def source(self, split: str) -> Source:
-        """The examples of a split as they are stored."""
-        source = open_source(self.config.name, split)
+        """The examples of a split of the first data set, as they are stored."""
+        return self._source(0, split)
+
+    def _source(self, number: int, split: str) -> Source:
+        data = self.config.sets[number]
+        source = open_source(data.name, split)
         known = source[0]
-        for name, field in self.config.fields.items():
-            if field not in known:
-                raise DataError(unknown(f"field of {source.label} (data.fields.{name})", field, known))
+        fields = {f"fields.{entry}": field for entry, field in data.fields.items()}
+        fields |= {f"labels.{name}": label.field for name, label in data.labels.items()}
+        for where, field in fields.items():
+            for name in names_of(field):
+                if name not in known:
+                    raise DataError(unknown(f"field of {source.label} ({_place(number)}.{where})", name, known))
         return source
 
-    def _examples(self, split: str) -> Examples:
-        return Examples(self.source(split), self.config.fields, self.modalities, self.tokenizer, self.config.keep)
+    def _decoded(self, source: Source, number: int, keep: bool) -> Examples:
+        data = self.config.sets[number]
+        told = {"words": self.config.words, "grouped": self._grouped, "absent": self._absent}
+        return Examples(source, data.fields, self.modalities, self.tokenizer, keep, data.labels, **told)
 
-    def _read(self, examples: Examples, process: int, step: int, indices: np.ndarray) -> Batch:
+    def _read(self, sets: Sequence[Examples], starts: Sequence[int], process: int, step: int, indices: np.ndarray) -> Batch:
         """One process's rows of batch number `step`. Random numbers are drawn for all rows, so that each row has its own."""
-        rows = [examples[int(i)] for i in indices]
+        places = [(bisect.bisect_right(starts, i) - 1, int(i)) for i in indices]
+        rows = [sets[number][i - starts[number]] for number, i in places]
         rng = np.random.default_rng((self.seed, step))
-        for name in self.config.fields:
-            if self.config.shift and _is_image(self.modalities[name]):
+        for entry in dict.fromkeys(entry for data in self.config.sets for entry in data.fields):
+            if self.config.shift and is_image(self.modalities[modality_of(entry)]):
                 shifts = rng.integers(-self.config.shift, self.config.shift + 1, (self.batch_size, 2))
                 for row, (down, right) in zip(rows, shifts[process * len(rows) :], strict=False):
-                    row[name] = shift(row[name], int(down), int(right))
+                    image, mask = unmask(row[entry])
+                    image = shift(image, int(down), int(right))
+                    row[entry] = image if mask is None else Masked(image, mask)
         return stack(rows)
 
-    def _text_fields(self, source: Source) -> dict[str, Ids]:
-        fields = {field: self.modalities[name] for name, field in self.config.fields.items()}
-        first = source[0]
-        return {f: m for f, m in fields.items() if isinstance(m, Ids) and isinstance(first[f], str)}
+    def _check_names(self) -> None:
+        labels: dict[str, Any] = {}
+        for number, data in enumerate(self.config.sets):
+            for entry in data.fields:
+                modality, _, rest = entry.partition("/")
+                if modality not in self.modalities:
+                    raise InputError(unknown(f"modality in {_place(number)}.fields", modality, self.modalities))
+                if (entry != modality and not rest) or rest.split("/")[-1] == WORDS or f"{modality}/" == LABEL:
+                    raise InputError(
+                        f"{_place(number)}.fields: {entry!r} cannot be the name of an entry; write MODALITY or "
+                        f"MODALITY/ENTRY, where the modality is not called {LABEL[:-1]!r} and the entry not {WORDS!r}"
+                    )
+            for name, label in data.labels.items():
+                if labels.setdefault(name, label.classes) != label.classes:
+                    raise InputError(f"{_place(number)}.labels.{name}: its classes are others than in a data set before")
 
-    def _learn_tokenizer(self, source: Source) -> Tokenizer | None:
-        fields = self._text_fields(source)
-        if not fields:
+    def _texts(self, number: int, source: Source) -> dict[str, bool]:
+        """The entries of a data set that are made of text; whether of several parts."""
+        found: dict[str, bool] = {}
+        for entry, field in self.config.sets[number].fields.items():
+            if isinstance(self.modalities[modality_of(entry)], Ids):
+                with naming(f"{_place(number)}.fields.{entry}"):
+                    held = (value_of(source[i], field) for i in range(min(len(source), CORPUS)))
+                    first = next((value for value in held if not (isinstance(value, list) and not value)), None)
+                if is_text(first):
+                    found[entry] = not isinstance(first, str)
+        return found
+
+    def _learn_tokenizer(self, sources: Sequence[Source], texts: Sequence[Mapping[str, bool]]) -> Tokenizer | None:
+        vocab = min((self._ids(entry).vocab for found in texts for entry in found), default=None)
+        if vocab is None:
             return None
-        rows = np.linspace(0, len(source) - 1, min(len(source), CORPUS)).astype(int)
-        corpus = [example[field] for example in (source[i] for i in rows) for field in fields]
-        return cached_tokenizer(corpus, min(m.vocab for m in fields.values()), cache_folder("tokenizers"))
+        corpus: list[str] = []
+        for source, found, data in zip(sources, texts, self.config.sets, strict=True):
+            rows = np.linspace(0, len(source) - 1, min(len(source), CORPUS)).astype(int)
+            names = dict.fromkeys(name for entry in found for name in names_of(data.fields[entry]))
+            held = (example[name] for example in (source[i] for i in rows) for name in names)
+            corpus += [text for value in held for text in ([value] if isinstance(value, str) else value)]
+        return cached_tokenizer(corpus, vocab, cache_folder("tokenizers"))
 
     def _check_vocab(self) -> None:
-        for name in self.config.fields:
-            embedder = self.modalities[name]
-            if isinstance(embedder, Ids) and self.tokenizer is not None and self.tokenizer.vocab > embedder.vocab:
+        for name in dict.fromkeys(modality_of(entry) for data in self.config.sets for entry in data.fields):
+            if isinstance(self.modalities[name], Ids) and self.tokenizer and self.tokenizer.vocab > self._ids(name).vocab:
                 raise InputError(
-                    f"modalities.{name}: vocab={embedder.vocab}, but the tokenizer has {self.tokenizer.vocab} ids; "
+                    f"modalities.{name}: vocab={self._ids(name).vocab}, but the tokenizer has {self.tokenizer.vocab} ids; "
                     f"set --modalities.{name}.vocab to at least that"
                 )
 
-
-def raw_form(embedder: Any) -> tuple[Any, Any]:
-    """The shapes of what an embedder reads, and of its mask."""
-    return unmask(jax.eval_shape(lambda: embedder.example(1)))
-
-
-def fit_raw(embedder: Any, value: Any, form: tuple[Any, Any] | None = None) -> Any:
-    """A raw value of one example, padded to the size the embedder was built for, and which of it exists.
-
-    Args:
-        embedder: says by its example what it reads: an array, or a dict of arrays.
-        value: the same, with as many or fewer tokens.
-        form: `raw_form(embedder)`, for who calls this for every example.
-
-    Raises:
-        ValueError: an array is missing, has another rank, or is larger.
-    """
-    expected, mask = form or raw_form(embedder)
-    names = list(expected) if isinstance(expected, Mapping) else embedder.reads[:1]
-    if isinstance(expected, Mapping) and not (isinstance(value, Mapping) and set(value) >= set(names)):
-        found = ", ".join(value) if isinstance(value, Mapping) else type(value).__name__
-        raise InputError(f"expected a dict of {', '.join(names)}, got {found}")
-    arrays = {}
-    for name in names:
-        want, array = (expected[name], value[name]) if isinstance(expected, Mapping) else (expected, value)
-        array, shape = np.asarray(array), want.shape[1:]
-        fits = array.dtype != object and array.ndim == len(shape) and all(np.less_equal(array.shape, shape))
-        if not fits or (mask is None and array.shape != shape):
-            most = "" if mask is None else "at most "
-            raise InputError(f"{name}: expected {most}{tuple(shape)}, got {array.dtype} {array.shape}")
-        arrays[name] = np.pad(array, [(0, size - here) for here, size in zip(array.shape, shape, strict=True)])
-    raw = arrays if isinstance(expected, Mapping) else arrays[names[0]]
-    if mask is None:
-        return raw
-    count = len(value[embedder.reads[0]] if isinstance(expected, Mapping) else value)
-    return Masked(raw, np.arange(mask.shape[1]) < count)
+    def _ids(self, entry: str) -> Ids:
+        embedder = self.modalities[modality_of(entry)]
+        assert isinstance(embedder, Ids)
+        return embedder
 
 
-def _is_image(embedder: nn.Module) -> bool:
-    return isinstance(embedder, Patches) and len(embedder.size) == 2 and not embedder.resize
+def _place(number: int) -> str:
+    """What messages call a data set of the configuration."""
+    return f"data.also[{number - 1}]" if number else "data"
 
 
 def stack(examples: Sequence[Any]) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmx.cache import cache_folder
 from mmx.errors import InputError, unknown
 
@@ -125,4 +127,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _text(value: Any) -> Any:
+    """Bytes as str, and a list or an array of them as a list."""
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype.kind in "OS"):
+        return [_text(item) for item in value]
     return value.decode() if isinstance(value, bytes) else value

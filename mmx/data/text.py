@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -13,6 +14,19 @@ from mmx.errors import InputError
 from mmx.types import Masked
 
 PAD, UNKNOWN, BEGIN, END, MASK = SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]")
+
+
+class Text(NamedTuple):
+    """A text as a model reads it; every array is `(length,)`."""
+
+    ids: np.ndarray
+    """int32, [BOS] text [EOS] and padding."""
+    mask: np.ndarray
+    """Which of them are no padding."""
+    group: np.ndarray
+    """0 for the prompt of a text in several parts, -1 for all else: a group's tokens see each other both ways (`Embedder`)."""
+    words: np.ndarray
+    """The number of the word that a token belongs to, from 0; -1 for special tokens and padding."""
 
 
 class Tokenizer:
@@ -36,12 +50,41 @@ class Tokenizer:
         Raises:
             ValueError: the text is empty.
         """
-        if not text.strip():
+        return self.read(text, length)[:2]
+
+    def read(self, text: str | Sequence[str], length: int) -> Text:
+        """A text, or the parts of one: the last is what is told, those before it are its prompt.
+
+            [BOS] question answer [EOS]      the group is 0 up to the end of the question, as in a prefix language model
+                                             (SimVLM, arXiv 2108.10904): it is read both ways, the answer forwards only
+
+        A text in one piece is cut at its end; the prompt is cut at its front, and the last part is never cut.
+
+        Raises:
+            ValueError: the text, or its last part, is empty; or the last part does not fit.
+        """
+        parts = [text] if isinstance(text, str) else list(text)
+        if not parts or not parts[-1].strip():
             raise InputError(f"the text is empty: {text!r}")
-        ids = [self.begin, *self._tokenizer.encode(text).ids[: length - 2], self.end]
-        padded = np.full(length, self.pad, np.int32)
-        padded[: len(ids)] = ids
-        return padded, np.arange(length) < len(ids)
+        ids: list[int] = []
+        words: list[int] = []
+        prompt, room, count = 0, length - 2, 0
+        for part in parts:
+            encoded, prompt = self._tokenizer.encode(part, add_special_tokens=False), len(ids)
+            ids += encoded.ids
+            words += [-1 if word is None else word + count for word in encoded.word_ids]
+            count = max(words, default=-1) + 1
+        if not isinstance(text, str) and len(ids) - prompt > room:
+            raise InputError(f"the last part has {len(ids) - prompt} tokens, but there are places for {room}: {parts[-1]!r}")
+        cut = 0 if isinstance(text, str) else max(len(ids) - room, 0)
+        ids, words, prompt = ids[cut:][:room], words[cut:][:room], prompt - cut
+        first = min((word for word in words if word >= 0), default=0)
+        end, front = 1 + len(ids), 1 + prompt if prompt else 0
+        told = Text(np.full(length, self.pad, np.int32), np.arange(length) <= end, *np.full((2, length), -1, np.int32))
+        told.ids[: end + 1] = [self.begin, *ids, self.end]
+        told.group[:front] = 0
+        told.words[1:end] = words if first == 0 else [max(word - first, -1) for word in words]
+        return told
 
     def __call__(self, texts: Sequence[str], length: int) -> Masked:
         """Several texts: ids and mask `(B, length)`."""

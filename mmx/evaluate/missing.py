@@ -5,16 +5,15 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mmx.data import Pipeline
 from mmx.errors import InputError, at_least
 from mmx.evaluate.report import Evaluation, Report
 from mmx.evaluate.retrieval import check_names, put_local, to_host
-from mmx.modalities.masking import unmask
+from mmx.modalities.masking import absent
 from mmx.model import MultimodalTransformer
 from mmx.objectives import Captioning
-from mmx.types import Batch, Masked, Params
+from mmx.types import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +51,9 @@ class Missing:
         objective = Captioning(text=self.text, given=self.given)
         for batch, indices in evaluation.data.evaluation(self.split, evaluation.batch_size):
             here = put_local({name: batch[name] for name in (*self.given, self.text)}, evaluation)
-            for label, absent in absences.items():
+            for label, without in absences.items():
                 with jax.set_mesh(evaluation.mesh):
-                    values = _losses(objective, evaluation.model, absent, evaluation.params, here)
+                    values = _losses(objective, evaluation.model, without, evaluation.params, here)
                 total[label] += float(to_host(values["loss"])[: len(indices)].sum())
                 tokens[label] += float(to_host(values["tokens"])[: len(indices)].sum())
         metrics = {f"loss_{label}": total[label] / max(tokens[label], 1) for label in absences}
@@ -63,10 +62,9 @@ class Missing:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _losses(objective: Captioning, model: MultimodalTransformer, absent: str, params: Params, batch: Batch) -> Any:
-    if absent:
-        array, _ = unmask(batch[absent])
-        batch = {**batch, absent: Masked(array, jnp.zeros(jax.tree.leaves(array)[0].shape[0], bool))}
+def _losses(objective: Captioning, model: MultimodalTransformer, without: str, params: Params, batch: Batch) -> Any:
+    if without:
+        batch = {**batch, without: absent(batch[without])}
     (view,) = objective.views()
     inputs = {modality: batch[entry] for modality, entry in view.reads}
     outputs: Any = model.apply({"params": params}, inputs, view.causal)

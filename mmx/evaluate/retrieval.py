@@ -14,6 +14,7 @@ from mmx.data.pipeline import put_batch
 from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate.contact_sheet import contact_sheet
 from mmx.evaluate.report import Evaluation, Report
+from mmx.modalities.masking import unmask
 from mmx.model import MultimodalTransformer
 from mmx.parallel import batch_sharding
 from mmx.types import Batch, Params
@@ -65,7 +66,7 @@ class Retrieval:
     def _can_be_drawn(self, evaluation: Evaluation) -> bool:
         if evaluation.data.tokenizer is None or self.modalities != ("image", "text"):
             return False
-        image = evaluation.data.examples(self.split)[0]["image"]
+        image, _ = unmask(evaluation.data.examples(self.split)[0]["image"])
         return image.dtype == np.uint8 and image.shape[-1:] == (3,)
 
     def _contact_sheet(self, evaluation: Evaluation, similarity: np.ndarray) -> np.ndarray:
@@ -73,28 +74,35 @@ class Retrieval:
         tokenizer = evaluation.data.tokenizer
         assert tokenizer is not None
         rows = [examples[i] for i in range(len(examples))]
-        return contact_sheet([row["image"] for row in rows], [tokenizer.decode(row["text"].array) for row in rows], similarity)
+        images = [unmask(row["image"])[0] for row in rows]
+        return contact_sheet(images, [tokenizer.decode(row["text"].array) for row in rows], similarity)
 
 
 def check_names(modalities: Iterable[str], data: Pipeline) -> None:
     """Raises an InputError for a modality that the data does not have."""
+    known = [entry for entry in data.config.fields if "/" not in entry]  # further entries are no modalities of their own
     for name in modalities:
-        if name not in data.config.fields:
-            raise InputError(unknown("modality", name, data.config.fields))
+        if name not in known:
+            raise InputError(unknown("modality", name, known))
 
 
-def retrieval_metrics(similarity: np.ndarray, name: str) -> dict[str, float]:
-    """R@1/5/10, mean and median rank of the diagonal in each row of `(N, N)`; ranks start at 1.
+def ranks(similarity: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The rank of the right answer `answers (N,)` in each row of `(N, C)`, `(N,)`; ranks start at 1.
 
     A tie counts as half a place, so embeddings that are all equal score as chance does, not as perfect. What is not a
     number is behind everything.
     """
-    partner = np.diagonal(similarity)[:, None]
-    behind = (similarity < partner).sum(1)
-    ties = np.maximum((similarity == partner).sum(1) - 1, 0)
-    ranks = len(similarity) - behind - ties / 2
-    metrics = {f"{name}_R@{k}": float((ranks <= k).mean()) for k in RECALLS}
-    return metrics | {f"{name}_mean_rank": float(ranks.mean()), f"{name}_median_rank": float(np.median(ranks))}
+    right = np.take_along_axis(similarity, answers[:, None], 1)
+    behind = (similarity < right).sum(1)
+    ties = np.maximum((similarity == right).sum(1) - 1, 0)
+    return similarity.shape[1] - behind - ties / 2
+
+
+def retrieval_metrics(similarity: np.ndarray, name: str) -> dict[str, float]:
+    """R@1/5/10, mean and median rank of the diagonal in each row of `(N, N)`."""
+    found = ranks(similarity, np.arange(len(similarity)))
+    metrics = {f"{name}_R@{k}": float((found <= k).mean()) for k in RECALLS}
+    return metrics | {f"{name}_mean_rank": float(found.mean()), f"{name}_median_rank": float(np.median(found))}
 
 
 def chance_metrics(count: int) -> dict[str, float]:
@@ -116,12 +124,17 @@ def embed_split(evaluation: Evaluation, split: str, modalities: tuple[str, ...])
     """Embeds every example of a split, each modality alone: `{modality: (N, E)}`."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in modalities}
     for batch, indices in evaluation.data.evaluation(split, evaluation.batch_size):
-        mine = put_local(batch, evaluation)
-        with jax.set_mesh(evaluation.mesh):
-            embedded = _embed(evaluation.model, evaluation.params, {name: mine[name] for name in modalities})
-        for name in modalities:
-            found[name].append(to_host(embedded[name])[: len(indices)])
+        for name, vectors in embed_batch(evaluation, {name: batch[name] for name in modalities}).items():
+            found[name].append(vectors[: len(indices)])
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def embed_batch(evaluation: Evaluation, batch: Batch) -> dict[str, np.ndarray]:
+    """Embeds a batch of `evaluation.batch_size` that every process holds whole, each modality alone: `{modality: (B, E)}`."""
+    here = put_local(batch, evaluation)
+    with jax.set_mesh(evaluation.mesh):
+        embedded = _embed(evaluation.model, evaluation.params, here)
+    return {name: to_host(vectors) for name, vectors in embedded.items()}
 
 
 def put_local(batch: Batch, evaluation: Evaluation) -> Batch:

@@ -14,7 +14,7 @@ from mmx.errors import InputError, unknown
 from mmx.layers import make_norm
 from mmx.layers.positions import fourier, grid_coordinates, interleaved, resample, sincos
 from mmx.layers.products import INITIAL, Dense
-from mmx.modalities.masking import hide, unmask
+from mmx.modalities.masking import hide, token_mask, unmask
 from mmx.types import Tokens
 
 POSITIONS = ("learned", "divided", "sincos", "interleaved", "fourier", "none")
@@ -99,6 +99,14 @@ class Embedder(nn.Module, kw_only=True):
     @abc.abstractmethod
     def example(self, batch_size: int) -> Any:
         """A batch of the right form, for building parameters and for tests: zeros, all there."""
+
+    def content(self, raw: Any) -> jax.Array:
+        """What tokens are made of, before any parameter: numbers `(B, L, n)` or ids `(B, L)`. Masked modelling asks for it."""
+        raise InputError(f"{type(self).__name__} does not say what its tokens are made of; give it a method `content`")
+
+    def there(self, raw: Any) -> jax.Array | None:
+        """Which tokens of a raw value exist, `(B, L)`; None: all."""
+        return token_mask(self.read(raw)[1], self.content(raw).shape[:2])
 
     def read(self, raw: Any) -> tuple[Mapping[str, Any], Any]:
         """Splits a raw value into a dict that holds what this embedder reads and nothing else, and its mask."""

@@ -80,10 +80,17 @@ class Features(Embedder):
             x = x + (jnp.where(there, places, 0).sum(2) / jnp.maximum(there.sum(2), 1)).astype(x.dtype)
         return self.fuse(x, mask, fields, (x.shape[1],))
 
+    def content(self, raw: Any) -> jax.Array:
+        return self.read(raw)[0]["features"]
+
     def decode(self, x: jax.Array) -> jax.Array:
         """Features by the linear map that embeds them, read the other way round (tied weights): `(B, L, D) -> (B, L, size)`."""
-        kernel = self.get_variable("params", "linear")["kernel"].astype(x.dtype)
-        return jnp.einsum("bld,sd->bls", x, kernel, preferred_element_type=jnp.float32)
+        return jnp.einsum("bld,sd->bls", x, self.matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The linear map, `(size, D)`."""
+        return self.get_variable("params", "linear")["kernel"]
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""

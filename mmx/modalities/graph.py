@@ -70,6 +70,9 @@ class Graph(Embedder):
             x = jax.nn.relu(x) if i < self.layers - 1 else x
         return self.fuse(x, mask, fields, (shape[1],))
 
+    def content(self, raw: Any) -> jax.Array:
+        return self.read(raw)[0]["nodes"]
+
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
         shape = (batch_size, self.nodes)

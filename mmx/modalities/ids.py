@@ -58,10 +58,17 @@ class Ids(Embedder):
             mask = None if mask is None else jnp.concatenate([mask, mask.any(-1, keepdims=True)], 1)
         return self.fuse(values, mask, fields, (values.shape[1],))
 
+    def content(self, raw: Any) -> jax.Array:
+        return self.read(raw)[0]["ids"]
+
     def decode(self, x: jax.Array) -> jax.Array:
         """Scores of every id with the embedding as the matrix (tied weights): `(B, L, D) -> (B, L, V)` float32."""
-        token = self._lent(self.lender, "token") if self.lender else self.get_variable("params", "token")
-        return product("bld,vd->blv", x, token["embedding"])
+        return product("bld,vd->blv", x, self.matrix)
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The embeddings, `(V, D)`."""
+        return (self._lent(self.lender, "token") if self.lender else self.get_variable("params", "token"))["embedding"]
 
     def _position_table(self, rows: int) -> jax.Array:
         return self._lent(self.lender, "position") if self.lender else super()._position_table(rows)

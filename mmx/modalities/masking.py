@@ -1,5 +1,6 @@
 """What every modality does with `Masked` input, with the tokens of what is not there, and with what training hides."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,13 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.types import Batch, Masked
+
+WORDS = "words"  # ENTRY/words tells the word that each token of an entry belongs to; nobody embeds it
+
+
+def modality_of(entry: str) -> str:
+    """The modality that reads an entry of a batch: `text` for `text` and for `text/question`."""
+    return entry.split("/")[0]
 
 
 def unmask(raw: Any) -> tuple[Any, Any]:
@@ -40,20 +48,24 @@ def shorter_mask(mask: Any, shape: tuple[int, ...], at: np.ndarray) -> tuple[jax
 def drop_modalities(batch: Batch, names: Iterable[str], rate: float, key: jax.Array) -> Batch:
     """Hides each named modality of each example with probability `rate` (modality dropout), for training.
 
-    The last modality that an example has is never dropped, and one that it does not have stays absent.
+    A modality is hidden in all its entries (`text`, `text/question`). The last modality that an example has is never dropped,
+    and one that it does not have stays absent.
     """
-    names = [name for name in names if name in batch]
-    present = jnp.stack([_present(batch[name]) for name in names], 1)  # (B, M)
+    entries = {name: [e for e in batch if modality_of(e) == name and not e.endswith(f"/{WORDS}")] for name in names}
+    entries = {name: found for name, found in entries.items() if found}
+    there = [functools.reduce(jnp.logical_or, [_present(batch[e]) for e in found]) for found in entries.values()]
+    present = jnp.stack(there, 1)  # (B, M)
     drawn = jax.random.uniform(key, present.shape)
     keep = present & (drawn >= rate)
-    spared = jax.nn.one_hot(jnp.where(present, drawn, -1.0).argmax(1), len(names), dtype=bool) & present
+    spared = jax.nn.one_hot(jnp.where(present, drawn, -1.0).argmax(1), len(entries), dtype=bool) & present
     keep = jnp.where(keep.any(1, keepdims=True), keep, spared)
     dropped = {}
-    for i, name in enumerate(names):
-        array, mask = unmask(batch[name])
-        here = keep[:, i]
-        mask = here if mask is None else mask & here.reshape(-1, *[1] * (mask.ndim - 1))
-        dropped[name] = Masked(array, mask)
+    for i, found in enumerate(entries.values()):
+        for entry in found:
+            array, mask = unmask(batch[entry])
+            here = keep[:, i]
+            mask = here if mask is None else mask & here.reshape(-1, *[1] * (mask.ndim - 1))
+            dropped[entry] = Masked(array, mask)
     return {**batch, **dropped}
 
 
@@ -63,6 +75,12 @@ def _present(raw: Any) -> jax.Array:
     if mask is None:
         return jnp.ones(jax.tree.leaves(array)[0].shape[0], bool)
     return mask.reshape(mask.shape[0], -1).any(1)
+
+
+def absent(raw: Any) -> Masked:
+    """A raw value as one that no example has."""
+    array, _ = unmask(raw)
+    return Masked(array, jnp.zeros(jax.tree.leaves(array)[0].shape[0], bool))
 
 
 def hide(values: jax.Array, mask: jax.Array | None) -> jax.Array:

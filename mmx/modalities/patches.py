@@ -72,12 +72,18 @@ class Patches(Embedder):
         size, expected = image.shape[1:-1], (*self.size, self.channels)
         if len(size) != len(self.size) or image.shape[-1] != self.channels or (size != tuple(self.size) and not self.resize):
             raise InputError(f"{self.name}: expected images of shape (B, {', '.join(map(str, expected))}), got {image.shape}")
-        x = normalise(image, self.mean, self.std, self.dtype)
-        grid = self._grid_of(size)
-        x = cut(x, self.patch) if self.stride is None else overlapping(x, grid, self.patch, self.stride)  # (B, L, pixels)
+        x = self._cut(normalise(image, self.mean, self.std, self.dtype))  # (B, L, pixels)
         mask = token_mask(mask, x.shape[:2])
         x = Dense(self.width or 0, use_bias=self.bias, dtype=self.dtype, name="patch")(hide(x, mask))  # (B, L, D)
-        return self.fuse(x, mask, fields, grid)
+        return self.fuse(x, mask, fields, self._grid_of(size))
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        if self.stride is None:
+            return cut(x, self.patch)
+        return overlapping(x, self._grid_of(x.shape[1:-1]), self.patch, self.stride)
+
+    def content(self, raw: Any) -> jax.Array:
+        return self._cut(normalise(self.read(raw)[0]["image"], self.mean, self.std, jnp.float32))
 
     def example(self, batch_size: int) -> Any:
         """A batch of the right form, for building parameters and for tests."""
@@ -130,6 +136,9 @@ class PackedPatches(Embedder):
         place = fields["place"].astype(jnp.float32)
         positions = sample(table[front:], self.grid_size, place, fields["extent"], self.sampling)
         return self.fuse(x, mask, fields, (x.shape[1],), positions, place)
+
+    def content(self, raw: Any) -> jax.Array:
+        return normalise(self.read(raw)[0]["patches"], self.mean, self.std, jnp.float32)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""

@@ -49,6 +49,9 @@ class Points(Embedder):
         x = Dense(width, dtype=self.dtype, name="project")(x)
         return self.fuse(x, mask, fields, (x.shape[1],))
 
+    def content(self, raw: Any) -> jax.Array:
+        return self.read(raw)[0]["points"]
+
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
         raw = self.with_tables(jnp.zeros((batch_size, self.points, self.channels), jnp.float32), batch_size)

@@ -80,6 +80,17 @@ class Spectrogram(Embedder):
                 x = x + nn.glu(y)
         return self.fuse(x, mask, fields, (length,))
 
+    def content(self, raw: Any) -> jax.Array:
+        frames = self.read(raw)[0]["frames"]
+        length = self._tokens(frames.shape[1])
+        padded = jnp.pad(frames, ((0, 0), (0, length * self._step - frames.shape[1]), (0, 0)))
+        return padded.reshape(len(frames), length, -1)
+
+    def there(self, raw: Any) -> jax.Array | None:
+        fields, mask = self.read(raw)
+        frames = fields["frames"].shape
+        return shorter_mask(mask, frames[:2], np.arange(self._tokens(frames[1])) * self._step)[1]
+
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""
         raw = self.with_tables(jnp.zeros((batch_size, self.frames, self.bins), jnp.float32), batch_size)

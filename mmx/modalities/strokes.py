@@ -7,6 +7,7 @@ arXiv 1912.11258).
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
@@ -45,6 +46,10 @@ class Strokes(Embedder):
         x = Dense(self.width or 0, dtype=self.dtype, name="linear")(hide(jnp.asarray(points, self.dtype), mask))
         x = x + nn.Embed(self.states, self.width or 0, dtype=self.dtype, embedding_init=INITIAL, name="pen")(pen)
         return self.fuse(x, mask, fields, (points.shape[1],))
+
+    def content(self, raw: Any) -> jax.Array:
+        fields, _ = self.read(raw)
+        return jnp.concatenate([fields["points"], jax.nn.one_hot(fields["pen"], self.states)], -1)
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""

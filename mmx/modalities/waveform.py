@@ -71,6 +71,14 @@ class Waveform(Embedder):
             raise InputError(f"waveform: {given} samples are shorter than one token of layers={self.layers}")
         return samples
 
+    @property
+    def _field(self) -> tuple[int, int]:
+        """Samples that a token hears, and from one to the next; a token exists where its last sample does."""
+        stride, field = 1, 1
+        for kernel, step in self.layers:
+            field, stride = field + (kernel - 1) * stride, stride * step
+        return field, stride
+
     @nn.compact
     def __call__(self, raw: Any) -> Tokens:
         fields, mask = self.read(raw)
@@ -80,9 +88,7 @@ class Waveform(Embedder):
         if x.ndim != 2 or long or not jnp.issubdtype(x.dtype, jnp.floating):
             raise InputError(f"{self.name}: expected floating-point samples (B, S <= {self.samples}), got {x.dtype} {x.shape}")
         length = self._tokens(x.shape[1])
-        stride, field = 1, 1  # of the whole stack; a token exists where its last sample does
-        for kernel, step in self.layers:
-            field, stride = field + (kernel - 1) * stride, stride * step
+        field, stride = self._field
         here, mask = shorter_mask(mask, x.shape[:2], np.arange(length) * stride + field - 1)
         x = hide(jnp.asarray(x, self.dtype)[..., None], None if keep else here)
         for i, (kernel, stride) in enumerate(self.layers):
@@ -117,6 +123,17 @@ class Waveform(Embedder):
         if i:
             return x
         return nn.GroupNorm(x.shape[-1], epsilon=self.eps, dtype=self.dtype, use_fast_variance=False, name="conv_norm_0")(x)
+
+    def content(self, raw: Any) -> jax.Array:
+        samples = self.read(raw)[0]["samples"]
+        field, stride = self._field
+        return samples[:, np.arange(self._tokens(samples.shape[1]))[:, None] * stride + np.arange(field)]
+
+    def there(self, raw: Any) -> jax.Array | None:
+        fields, mask = self.read(raw)
+        field, stride = self._field
+        samples = fields["samples"].shape
+        return shorter_mask(mask, samples, np.arange(self._tokens(samples[1])) * stride + field - 1)[1]
 
     def example(self, batch_size: int) -> Masked:
         """A batch of the right form, for building parameters and for tests."""

@@ -2,54 +2,78 @@
 
 An objective is a frozen dataclass of settings. Its parts act in this order:
 
-    heads()                  the heads it needs, {name: head}; the model is built with them
-    corrupt(batch, key)      cheap, over the whole batch: adds masked or swapped copies of its entries
-    views()                  the forward passes it wants; equal ones of several objectives are run once
-    select(outputs, batch)   what the loss needs of them, example by example: every leaf is (B, ...)
-    loss(values)             cheap, over the whole batch: a scalar, and metrics
+    check(model)                    whether this model can be trained to do it at all
+    heads(modalities)               the heads it needs, {name: head}; the model is built with them
+    corrupt(batch, key, context)    over the whole batch: adds masked, swapped or shuffled copies of its entries
+    views()                         the forward passes it wants; equal ones of several objectives are run once
+    select(outputs, batch)          what the loss needs of them, example by example: every leaf is (B, ...)
+    loss(values, memory)            cheap, over the whole batch: a scalar, and metrics
+    remember(memory, batch)         what it keeps for the next step: a queue of negatives, a teacher's weights
 
 Only the forward passes are expensive, and they treat examples one by one. So gradient accumulation is exact for every
 objective, also for one that compares all examples with each other: see `mmx.train.accumulate`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmx.errors import InputError, naming
 from mmx.model import MultimodalTransformer
+from mmx.objectives.classifying import Classification
 from mmx.objectives.describing import Captioning
+from mmx.objectives.distillation import Distillation
+from mmx.objectives.masking import Mask, MaskedModelling
 from mmx.objectives.matching import Contrastive, Matching
+from mmx.objectives.objective import Context, Objective
+from mmx.objectives.ordering import Ordering
+from mmx.objectives.reach import check_reach, prepared
 from mmx.objectives.views import View, run_views, view
-from mmx.types import Batch, Metrics, Outputs, Params
+from mmx.types import Batch, Metrics, Params
 
 
-class Objective(Protocol):
-    """See the head of this module."""
-
-    @property
-    def weight(self) -> float:
-        """Its share in the sum of losses; an objective of weight 0 is left out."""
-        ...
-
-    def heads(self) -> Mapping[str, nn.Module]: ...
-    def corrupt(self, batch: Batch, key: jax.Array) -> Batch: ...
-    def views(self) -> tuple[View, ...]: ...
-    def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any: ...
-    def loss(self, values: Any) -> tuple[jax.Array, Metrics]: ...
+def needed_heads(objectives: Mapping[str, Objective], modalities: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The heads of all objectives together; one that several name is one."""
+    heads: dict[str, nn.Module] = {}
+    for name, objective in objectives.items():
+        with naming(f"objectives.{name}"):
+            for title, head in objective.heads(modalities).items():
+                if heads.setdefault(title, head) != head:
+                    kinds = " and ".join(type(h).__name__ for h in (heads[title], head))
+                    raise InputError(f"head {title!r} is wanted in two forms ({kinds}), with other fields; train one of them")
+    return heads
 
 
-def needed_heads(objectives: Mapping[str, Objective]) -> dict[str, nn.Module]:
-    """The heads of all objectives together."""
-    return {name: head for objective in objectives.values() for name, head in objective.heads().items()}
+def check(objectives: Mapping[str, Objective], model: MultimodalTransformer) -> None:
+    """Raises an InputError, before training, for an objective that this model cannot be trained to do, with the reason."""
+    for name, objective in objectives.items():
+        with naming(f"objectives.{name}"):
+            objective.check(model)
 
 
-def corrupt(objectives: Mapping[str, Objective], batch: Batch, key: jax.Array) -> Batch:
-    """Lets every objective add its entries to the batch."""
-    for i, objective in enumerate(objectives.values()):
-        batch = objective.corrupt(batch, jax.random.fold_in(key, i))
+def check_reached(objectives: Mapping[str, Objective], model: MultimodalTransformer, params: Params, batch: Batch) -> None:
+    """The same for what a topology keeps apart; `params` and `batch` may be shapes."""
+    for name, objective in objectives.items():
+        with naming(f"objectives.{name}"):
+            check_reach(objective, model, params, prepared(objective, model, params, batch, objective.memory(model)))
+
+
+def memories(objectives: Mapping[str, Objective], model: MultimodalTransformer) -> dict[str, Any]:
+    """What objectives remember from step to step, at the beginning; those that remember nothing are left out."""
+    found = {name: objective.memory(model) for name, objective in objectives.items()}
+    return {name: memory for name, memory in found.items() if memory is not None}
+
+
+def corrupt(objectives: Mapping[str, Objective], batch: Batch, key: jax.Array, context: Context) -> Batch:
+    """Lets every objective add its entries to the batch; `context.memory` is what they all remember."""
+    for i, (name, objective) in enumerate(objectives.items()):
+        with naming(f"objectives.{name}"):
+            mine = dataclasses.replace(context, memory=(context.memory or {}).get(name))
+            batch = objective.corrupt(batch, jax.random.fold_in(key, i), mine)
     return batch
 
 
@@ -62,25 +86,42 @@ def forward(
     return {name: o.select([outputs[v] for v in views[name]], batch) for name, o in objectives.items()}
 
 
-def total_loss(objectives: Mapping[str, Objective], values: Mapping[str, Any]) -> tuple[jax.Array, Metrics]:
+def total_loss(
+    objectives: Mapping[str, Objective], values: Mapping[str, Any], memory: Mapping[str, Any] | None = None
+) -> tuple[jax.Array, Metrics]:
     """The weighted sum of the losses; each of them is the metric `loss/NAME`."""
     total, metrics = jnp.float32(0), {}
     for name, objective in objectives.items():
-        loss, parts = objective.loss(values[name])
+        loss, parts = objective.loss(values[name], (memory or {}).get(name))
         total += objective.weight * loss
         metrics |= {f"loss/{name}": loss} | parts
     return total, metrics | {"loss": total}
 
 
+def remember(objectives: Mapping[str, Objective], memory: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """What objectives remember after a step with this batch, as `corrupt` left it."""
+    return {name: objectives[name].remember(kept, batch) if name in objectives else kept for name, kept in memory.items()}
+
+
 __all__ = [
     "Captioning",
+    "Classification",
+    "Context",
     "Contrastive",
+    "Distillation",
+    "Mask",
+    "MaskedModelling",
     "Matching",
     "Objective",
+    "Ordering",
     "View",
+    "check",
+    "check_reached",
     "corrupt",
     "forward",
+    "memories",
     "needed_heads",
+    "remember",
     "run_views",
     "total_loss",
     "view",

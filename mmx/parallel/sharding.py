@@ -33,7 +33,7 @@ TABLE = (
     (r"(^|/)(position|special|token|[^/]*_query|[^/]*_position)$", "length -> embed"),
     (r"(project|projection|transform)[^/]*/kernel$", "embed -> stream"),
     (r"(^|/)classifier[^/]*/kernel$", "embed -> head"),
-    (r"(^|/)decoder/kernel$", "embed -> vocab"),
+    (r"(^|/)queue/", ""),  # negatives of earlier batches
     (r"(scale|bias|logit_scale|weight)[^/]*$", ""),  # small vectors and scalars: every device holds them
 )
 LARGE = 2**16  # elements; a leaf of this size or more must be named by the table

@@ -159,6 +159,9 @@ class Experiment:
             "captioning": objectives.Captioning(),
         }
     )
+    sampling: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Objectives of which each step takes one, drawn by these ratios: {"words": 2, "regions": 1}. Those that are not named take
+    part in every step."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluators: dict[str, Any] = dataclasses.field(
@@ -181,16 +184,26 @@ class Experiment:
         elif not self.active_objectives:
             raise InputError("objectives: every weight is 0; there is nothing to train")
         make_schedule(self.optimizer, self.steps)
-        for name, objective in self.active_objectives.items():
-            for modality in dict.fromkeys(m for view in objective.views() for m, _ in view.reads):
-                if modality not in self.modalities:
-                    raise InputError(f"objectives.{name}: " + unknown("modality", modality, self.modalities))
+        self._check_objectives()
         best = self.checkpoint.best.split("/")[0]
         if best and self.evaluators and best not in self.evaluators:
             raise InputError(
                 f"checkpoint.best={self.checkpoint.best!r} begins with no evaluator's name (an empty one keeps no best "
                 f"checkpoint): {unknown('evaluator', best, self.evaluators)}"
             )
+
+    def _check_objectives(self) -> None:
+        for name, objective in self.active_objectives.items():
+            for modality in dict.fromkeys(m for view in objective.views() for m, _ in view.reads):
+                if modality not in self.modalities:
+                    raise InputError(f"objectives.{name}: " + unknown("modality", modality, self.modalities))
+        for name, ratio in self.sampling.items():
+            if name not in self.active_objectives:
+                raise InputError("sampling: " + unknown("objective", name, self.active_objectives))
+            if not ratio > 0:
+                raise InputError(f"sampling.{name}={ratio}; it has to be more than 0")
+        if self.active_objectives:
+            objectives.check(self.active_objectives, self.build_model())
 
     def __hash__(self) -> int:
         """By identity, so that it can be a static argument of jit; its fields hold dicts."""
@@ -205,7 +218,7 @@ class Experiment:
         """The model, with the heads its objectives need."""
         if self.published is not None:
             return self.published.build(self.model.dtype)
-        heads = objectives.needed_heads(self.active_objectives)
+        heads = objectives.needed_heads(self.active_objectives, self.modalities)
         return self.model.build(self.modalities, self.stages or self.topology, heads)
 
 

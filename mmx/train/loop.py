@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from mmx.data.pipeline import put_batch
 from mmx.errors import InputError, naming, writing
 from mmx.evaluate.report import Evaluation, due
 from mmx.model import count_parameters
+from mmx.objectives import check_reached, memories
 from mmx.parallel import batch_sharding, make_mesh
 from mmx.parallel.mesh import batch_parts
 from mmx.train.checkpoint import Checkpoints, find_checkpoint, open_checkpoints
@@ -41,6 +43,7 @@ from mmx.train.state import TrainState, make_state
 from mmx.train.step import Task, compile_step, train_step
 
 MAX_SKIPPED = 10  # steps in a row whose gradient is not finite, after which a run stops
+ALWAYS = ("loss", "grad_norm")  # metrics of every step, whatever it samples
 LAG = 2  # steps on their way to the devices before the host reads the metrics of the first of them
 
 
@@ -78,10 +81,11 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
         with naming(f"evaluators.{name}"):
             evaluator.check(data)
 
-    task = Task(experiment.build_model(), experiment.active_objectives, experiment.modality_dropout)
+    task = Task(experiment.build_model(), experiment.active_objectives, experiment.modality_dropout, experiment.sampling)
     config = experiment.optimizer
     optimizer, schedule = make_optimizer(config, experiment.steps), make_schedule(config, experiment.steps)
-    state, layout = make_state(task.model, optimizer, bool(config.ema), experiment.seed, mesh)
+    memory = memories(task.objectives, task.model)
+    state, layout = make_state(task.model, optimizer, bool(config.ema), experiment.seed, mesh, memory=memory)
     checkpoints = Checkpoints(folder.checkpoints, experiment.checkpoint, to_json(experiment))
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
@@ -97,6 +101,7 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
         stopping = stack.enter_context(_signals())
 
         batch, begun = next(batches), time.perf_counter()
+        check_reached(task.objectives, task.model, state.params, batch)
         step_fn = functools.partial(
             train_step, task=task, optimizer=optimizer, schedule=schedule, ema=config.ema, parts=experiment.microbatches
         )
@@ -190,6 +195,8 @@ class _Host:
         """Reads the metrics of a step that is done, records them now and then, and notes when a run has lost its way."""
         if step % self.experiment.log.every == 0 or step == self.experiment.steps:
             values = {name: float(value) for name, value in metrics.items() if name != "skipped_in_row"}
+            drawn = {name: value for name, value in values.items() if name in ALWAYS or not math.isnan(value)}
+            values = drawn if self.task.sampling else values
             measured = self.progress.measure(step, waited)
             self.writer.write(step, values | measured)
             self.progress.show(step, values, measured)

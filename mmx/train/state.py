@@ -1,5 +1,6 @@
 """Everything that changes during training, in one value."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -25,6 +26,7 @@ class TrainState:
         key: the run's random key; it never changes.
         skipped: steps whose gradient was not finite; they moved nothing.
         skipped_in_row: how many of them came last without a good one.
+        memory: what objectives remember from step to step, by their names; None: nothing.
     """
 
     step: jax.Array
@@ -34,6 +36,7 @@ class TrainState:
     key: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
+    memory: Any = None
 
     @property
     def evaluated_params(self) -> Params:
@@ -48,6 +51,7 @@ def make_state(
     seed: int,
     mesh: Mesh,
     params: Params | None = None,
+    memory: Any = None,
 ) -> tuple[TrainState, Any]:
     """Creates the state in place, every part on its devices. Returns it and its shardings.
 
@@ -58,18 +62,20 @@ def make_state(
         seed: of all randomness.
         mesh: the devices.
         params: those to begin with; None: random ones.
+        memory: what objectives remember at the beginning.
     """
 
-    def init(key: jax.Array, given: Params | None) -> TrainState:
+    def init(key: jax.Array, given: Params | None, memory: Any) -> TrainState:
         init_key, train_key = jax.random.split(key)
         params: Params = model.init(init_key, example_batch(model))["params"] if given is None else given
-        return _first_state(params, optimizer, ema, train_key)
+        return dataclasses.replace(_first_state(params, optimizer, ema, train_key), memory=memory or None)
 
     key = jax.random.key(seed)
-    shapes = jax.eval_shape(init, key, params)
-    layout = shardings(mesh, shapes, params=shapes.params)
+    shapes = jax.eval_shape(init, key, params, memory)
+    layout = shardings(mesh, dataclasses.replace(shapes, memory=None), params=shapes.params)
+    layout = dataclasses.replace(layout, memory=shardings(mesh, shapes.memory))  # a teacher's weights lie as its own shapes say
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=layout)(key, params), layout
+        return jax.jit(init, out_shardings=layout)(key, params, memory), layout
 
 
 def planned_state(model: MultimodalTransformer, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:

@@ -1,6 +1,7 @@
 """The train step: a pure function, the same for every model and every objective."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmx import objectives as objectives_
 from mmx.flops import count_flops
 from mmx.modalities.masking import drop_modalities
 from mmx.model import MultimodalTransformer
-from mmx.objectives import Objective
+from mmx.objectives import Context, Objective
 from mmx.parallel import batch_sharding, replicated
 from mmx.train.accumulate import value_and_grad
 from mmx.train.state import TrainState
@@ -27,25 +28,52 @@ class Task:
     model: MultimodalTransformer
     objectives: Mapping[str, Objective]
     modality_dropout: float = 0.0
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def corrupt(self, batch: Batch, key: jax.Array) -> Batch:
+    @property
+    def choices(self) -> dict[str, tuple[float, "Task"]]:
+        """For each objective of which a step takes one: how often, and the task of that step; empty: every step takes all."""
+        others = {name: objective for name, objective in self.objectives.items() if name not in self.sampling}
+        return {
+            name: (ratio, dataclasses.replace(self, objectives={**others, name: self.objectives[name]}, sampling={}))
+            for name, ratio in self.sampling.items()
+        }
+
+    def corrupt(self, batch: Batch, key: jax.Array, context: Context | None = None) -> Batch:
         """Hides modalities, if wanted, and adds the objectives' own entries to the batch."""
         if self.modality_dropout:
             drop_key, key = jax.random.split(key)
             batch = drop_modalities(batch, self.model.modalities, self.modality_dropout, drop_key)
-        return objectives_.corrupt(self.objectives, batch, key)
+        return objectives_.corrupt(self.objectives, batch, key, context or Context(self.model))
 
     def forward(self, params: Params, batch: Batch, key: jax.Array | None) -> Any:
         """The forward passes: what the losses need, every leaf `(B, ...)`."""
         return objectives_.forward(self.objectives, self.model, params, batch, key)
 
     def flops(self, params: Params, batch: Batch) -> int:
-        """FLOPs of one training step on `batch` (arrays or their shapes), by the rule of `mmx.flops`."""
-        return 3 * count_flops(lambda p, b, key: self.forward(p, self.corrupt(b, key), None), params, batch, jax.random.key(0))
+        """FLOPs of one training step on `batch` (arrays or their shapes) by the rule of `mmx.flops`; of sampled ones the mean."""
+        if self.choices:
+            ratios, tasks = zip(*self.choices.values(), strict=True)
+            return round(sum(r * task.flops(params, batch) for r, task in zip(ratios, tasks, strict=True)) / sum(ratios))
+        memory = objectives_.memories(self.objectives, self.model)
 
-    def loss(self, values: Any) -> tuple[jax.Array, Metrics]:
+        def run(params: Params, batch: Batch, key: jax.Array) -> Any:
+            context = Context(self.model, params, params, memory)
+            return self.forward(params, self.corrupt(batch, key, context), None)
+
+        def prepare(params: Params, batch: Batch, key: jax.Array) -> Any:
+            return self.corrupt(batch, key, Context(self.model, params, params, memory))
+
+        args = params, batch, jax.random.key(0)
+        return 3 * count_flops(run, *args) - 2 * count_flops(prepare, *args)  # what a batch is prepared by has no backward pass
+
+    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
         """The weighted sum of the losses, and the metrics."""
-        return objectives_.total_loss(self.objectives, values)
+        return objectives_.total_loss(self.objectives, values, memory)
+
+    def remember(self, memory: Any, batch: Batch) -> Any:
+        """What the objectives remember after a step."""
+        return objectives_.remember(self.objectives, memory, batch) if memory else memory
 
 
 def train_step(
@@ -62,16 +90,14 @@ def train_step(
 
     A step whose loss or gradient is not finite moves nothing but the counters.
     """
-    corrupt_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    batch = task.corrupt(batch, corrupt_key)
-    (loss, metrics), grads = value_and_grad(task.forward, task.loss, state.params, batch, dropout_key, parts)
+    (loss, metrics), grads, memory = _evaluate(state, batch, task, parts)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def move(state: TrainState, grads: Params) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return dataclasses.replace(state, params=params, opt_state=opt_state, ema=_average(state, params, ema))
+        return dataclasses.replace(state, params=params, opt_state=opt_state, ema=_average(state, params, ema), memory=memory)
 
     # A branch, and not a choice between old and new numbers, which would need both at once: memory and three times the time.
     learning_rate = schedule(state.step - state.skipped)
@@ -90,6 +116,31 @@ def train_step(
         "skipped_in_row": state.skipped_in_row,
     }
     return state, metrics
+
+
+def _evaluate(state: TrainState, batch: Batch, task: Task, parts: int) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
+    """Loss and metrics, the gradient, and what is remembered. Of objectives that are sampled, a step takes one."""
+    corrupt_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+
+    def run(task: Task) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
+        context = Context(task.model, state.params, state.ema, state.memory, parts)
+        prepared = task.corrupt(batch, corrupt_key, context)
+        loss = functools.partial(task.loss, memory=state.memory)
+        found, grads = value_and_grad(task.forward, loss, state.params, prepared, dropout_key, parts)
+        return found, grads, task.remember(state.memory, prepared)
+
+    if not task.choices:
+        return run(task)
+    ratios, tasks = zip(*task.choices.values(), strict=True)
+    shapes = [jax.eval_shape(functools.partial(run, each))[0][1] for each in tasks]
+    nothing = {name: jnp.full(x.shape, jnp.nan, x.dtype) for metrics in shapes for name, x in metrics.items()}
+
+    def branch(each: Task) -> Any:
+        (loss, metrics), grads, memory = run(each)
+        return (loss, {**nothing, **metrics}), grads, memory  # what no one measured is not a number
+
+    drawn = jax.random.choice(jax.random.fold_in(corrupt_key, len(tasks)), len(tasks), p=jnp.asarray(ratios) / sum(ratios))
+    return jax.lax.switch(drawn, [functools.partial(branch, each) for each in tasks])
 
 
 def compile_step(step: Callable[..., Any], mesh: Mesh, layout: TrainState) -> Any:

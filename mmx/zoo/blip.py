@@ -49,6 +49,8 @@ class BlipTextConfig(Layers):
     layer_norm_eps: float = 1e-12
     is_decoder: bool = True
     bos_token_id: int = 30522
+    sep_token_id: int | None = 102
+    pad_token_id: int | None = 0
     label_smoothing: float = 0.0
     tie_word_embeddings: bool = True
 
@@ -186,6 +188,6 @@ FAMILIES = (
         texts=bert.TEXTS,
         length=lambda c: c.text_config.max_position_embeddings,
         known=(r"position_ids$", r"cls\.predictions\.decoder\.(weight|bias)$"),
-        generation=Generation(start=lambda c: c.text_config.bos_token_id),
+        generation=Generation(start=lambda c: c.text_config.bos_token_id, end="sep_token_id"),
     ),
 )

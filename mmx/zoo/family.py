@@ -85,8 +85,9 @@ class Generation:
         mask: which of it exists.
         places: whether the places of tokens are told, counted over those that exist: prompts may be padded on the left.
         beside: further inputs `(B, P)` of the prompt's tokens, 0 where they are not given, and what they are of those written.
-        start: `config -> id` that is written first, where the prompt is something else (encoder-decoders); None: the prompt
-            stands in `ids`.
+        start: `config -> id` that is written first, where the prompt is something else (encoder-decoders) and nothing else is
+            published; None: the prompt stands in `ids`.
+        end: the published field that says which ids end a sentence.
     """
 
     stream: str = "text"
@@ -95,6 +96,7 @@ class Generation:
     places: bool = False
     beside: Mapping[str, int] = dataclasses.field(default_factory=dict)
     start: Callable[[Any], int] | None = None
+    end: str = "eos_token_id"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -34,6 +34,8 @@ class GemmaConfig:
     rope_scaling: Any = None
     tie_word_embeddings: bool = True
     use_bidirectional_attention: bool | None = None
+    eos_token_id: int | tuple | None = 1
+    pad_token_id: int | None = 0
 
 
 def block(c: GemmaConfig, dtype: str) -> BlockConfig:

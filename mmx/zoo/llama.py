@@ -59,6 +59,8 @@ class LlamaConfig:
     rope_theta: float | None = None  # older configurations have it here
     rope_scaling: Any = None
     tie_word_embeddings: bool = False
+    eos_token_id: int | tuple | None = 2
+    pad_token_id: int | None = None
 
 
 def block(c: Any, dtype: str, **more: Any) -> BlockConfig:

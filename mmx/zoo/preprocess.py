@@ -19,7 +19,8 @@ from mmx.zoo.tokenizer import read_texts
 IMAGES = "preprocessor_config.json"
 SETTINGS = (IMAGES, "video_preprocessor_config.json")
 WHOLE = "processor_config.json"  # where newer folders have the same, a part for each kind of raw value
-FILES = (*TEXT_FILES, *SETTINGS, WHOLE, "generation_config.json")
+WRITING = "generation_config.json"
+FILES = (*TEXT_FILES, *SETTINGS, WHOLE, WRITING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,12 @@ from jax.core import Tracer
 from mmx.errors import InputError, unknown
 from mmx.generation import Decoding, decode
 from mmx.model import MultimodalTransformer
+from mmx.streaming import Listener, listening
 from mmx.types import Batch, Masked, Params
 from mmx.zoo import preprocess
 from mmx.zoo.config import to_published
 from mmx.zoo.family import Chosen, Family, Run, as_batch
-from mmx.zoo.preprocess import Preprocessing
+from mmx.zoo.preprocess import WRITING, Preprocessing
 
 INSIDE = ("hidden_states", "attentions")  # what the names of fields end with that tell of the inside
 
@@ -107,14 +108,23 @@ class Pretrained:
         return dataclasses.replace(self, family=family, preprocess=steps, extra={}, files=files)
 
     def generate(
-        self, max_new_tokens: int, decoding: Decoding = Decoding(), key: jax.Array | None = None, **inputs: Any
+        self,
+        max_new_tokens: int,
+        decoding: Decoding = Decoding(),
+        key: jax.Array | None = None,
+        stream: Listener | None = None,
+        **inputs: Any,
     ) -> dict[str, jax.Array]:
         """Writes `max_new_tokens` ids behind a prompt, the likeliest ones unless `decoding` says otherwise.
+
+        What ends a sentence, what it is padded with and what a decoder begins with are as published, unless `decoding` or the
+        inputs say otherwise.
 
         Args:
             max_new_tokens: how many ids to write.
             decoding: how the next id is chosen.
             key: of what is drawn.
+            stream: called with the new ids of every step while the program runs, as that of `mmx.generate`.
             **inputs: published inputs; a prompt `input_ids (B, P)` may be padded on the left where `attention_mask` is 0.
 
         Returns:
@@ -124,10 +134,15 @@ class Pretrained:
         names = self.family.generation
         if names is None:
             raise InputError(f"{self.family.name}: it does not generate")
+        if decoding.guidance != 1:
+            raise InputError(
+                f"{self.family.name}: guidance={decoding.guidance}, but published inputs do not tell what would be left out; "
+                f"call mmx.generate with pretrained.model, pretrained.params and its modalities"
+            )
         flags, given = _split(inputs)
         if names.start is not None:
-            size = len(next(iter(given.values())))
-            given.setdefault(names.ids, np.full((size, 1), names.start(self.config)))
+            size, start = len(next(iter(given.values()))), self._told("decoder_start_token_id")
+            given.setdefault(names.ids, np.full((size, 1), names.start(self.config) if start is None else start))
         if names.ids not in given:
             raise InputError(f"{self.family.name}: the input {names.ids} is missing; it is the prompt")
         given.setdefault(names.mask, np.ones_like(given[names.ids]))
@@ -136,8 +151,24 @@ class Pretrained:
         self._check(given)
         if decoding.beams == 1:
             given = jax.tree.map(lambda x: np.repeat(x, decoding.best, 0), given)
-        rest = (flags, decoding, self.params, as_batch(given), key)
-        return _generate(self.family, self.model, self.config, max_new_tokens, *rest)
+        with listening(stream, given) as listener:
+            rest = (flags, self.decoding(decoding), self.params, as_batch(given), key, listener)
+            return _generate(self.family, self.model, self.config, max_new_tokens, *rest)
+
+    def decoding(self, decoding: Decoding = Decoding()) -> Decoding:
+        """With what was left open as published: which ids end a sentence, and which one pads it, or else the first of those."""
+        told = None if self.family.generation is None else self._told(self.family.generation.end)
+        ends = () if told is None else tuple(np.atleast_1d(told).tolist())
+        end = ends if decoding.end is None else decoding.end
+        told = self._told("pad_token_id")
+        pad = next(iter(end), 0) if told is None else told
+        return dataclasses.replace(decoding, end=end, pad=pad if decoding.pad is None else decoding.pad)
+
+    def _told(self, name: str) -> Any:
+        """What its folder says of writing: generation_config.json, else config.json, else the part of that on text."""
+        fields = self.fields
+        places = (json.loads(self.files.get(WRITING, b"{}")), fields, fields.get("text_config") or {})
+        return next((place[name] for place in places if place.get(name) is not None), None)
 
 
 Flags: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]
@@ -173,6 +204,7 @@ def _generate(
     params: Params,
     inputs: Batch,
     key: jax.Array | None,
+    listener: Any,
 ) -> dict[str, jax.Array]:
     names = family.generation
     assert names is not None
@@ -191,7 +223,7 @@ def _generate(
         fields, _, cache = _call(family, model, config, (), flags, params, {**rows, names.ids: ids}, cache, at)
         return fields["logits"], cache
 
-    return decode(step, longer(names.ids, decoding.pad), jnp.full(size, prompt), count, decoding, key)
+    return decode(step, longer(names.ids, decoding.padding), jnp.full(size, prompt), count, decoding, key, listener)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

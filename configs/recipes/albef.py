@@ -1,0 +1,28 @@
+"""ALBEF (arXiv 2107.07651): align before fuse. A momentum teacher and its queue, hard negatives, masked words.
+
+python train.py configs/recipes/albef.py
+"""
+
+import mmx
+from mmx.modalities import Ids, Patches
+from mmx.objectives import Contrastive, Mask, MaskedModelling, Matching
+from mmx.topologies import Cross, PerStream
+from mmx.train import OptimizerConfig
+
+OBJECTIVES = {
+    "contrastive": Contrastive(teacher=0.4, queue=1024),
+    "matching": Matching(negatives="hard"),
+    "words": MaskedModelling(masks={"text": Mask(0.15)}, given=("image",)),
+}
+
+
+def config() -> mmx.Experiment:
+    """The image has a tower; the text half of its layers alone, half with the image. The moving average is the teacher."""
+    reads = {"text": ("image",)}
+    return mmx.Experiment(
+        stages=(PerStream({"image": 2, "text": 1}), Cross(1, sublayers="self cross mlp", edges=reads, steps=("text",))),
+        modalities={"image": Patches((32, 32), (4, 4)), "text": Ids(1024, 21, mask_token=True)},
+        objectives=OBJECTIVES,
+        optimizer=OptimizerConfig(ema=0.995),
+        evaluators={"composition": mmx.evaluate.Retrieval(), "held_out": mmx.evaluate.Scores(OBJECTIVES)},
+    )

@@ -1,0 +1,17 @@
+"""CoCa (arXiv 2205.01917): two towers in a shared space, and a decoder behind them; captions count twice as much.
+
+python train.py configs/recipes/coca.py
+"""
+
+import mmx
+from mmx.objectives import Captioning, Contrastive
+from mmx.topologies import Cross, PerStream
+
+
+def config() -> mmx.Experiment:
+    """The text is read causally without the image, then with it."""
+    reads = {"text": ("image",)}
+    return mmx.Experiment(
+        stages=(PerStream({"image": 2, "text": 1}), Cross(1, sublayers="self cross mlp", edges=reads, steps=("text",))),
+        objectives={"contrastive": Contrastive(), "captioning": Captioning(weight=2.0)},
+    )

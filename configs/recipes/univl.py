@@ -1,0 +1,34 @@
+"""UniVL (arXiv 2002.06353): two encoders, a stack over both, and a decoder that writes the text again; five tasks.
+
+Patches stand for clips: which of its own a hidden one was, words, alignment, a shared space; and a text that was hidden in part
+is written whole by a modality of its own, which borrows the embedding of the text.
+
+python train.py configs/recipes/univl.py
+"""
+
+import mmx
+from mmx.modalities import Ids, Patches
+from mmx.objectives import Captioning, Contrastive, Mask, MaskedModelling, Matching
+from mmx.topologies import Joint, PerStream
+
+OBJECTIVES = {
+    "joint": Contrastive(),
+    "words": MaskedModelling(masks={"text": Mask(0.15)}, given=("image",)),
+    "frames": MaskedModelling(masks={"image": Mask(0.15, answer="contrast")}, given=("text",)),
+    "alignment": Matching(),
+    "reconstruction": Captioning(given=("image", "text"), masks={"text": Mask(0.5)}, writer="written"),
+}
+
+
+def config() -> mmx.Experiment:
+    """The decoder's tokens stand in the joint stack as a causal stream, which sees the other two and which nobody sees."""
+    return mmx.Experiment(
+        stages=(PerStream({"image": 1, "text": 1, "written": 1}), Joint(1)),
+        modalities={
+            "image": Patches((32, 32), (8, 8), mask_token=True),
+            "text": Ids(1024, 21, mask_token=True),
+            "written": Ids(1024, 21, lender="text"),
+        },
+        objectives=OBJECTIVES,
+        evaluators={"composition": mmx.evaluate.Retrieval(), "held_out": mmx.evaluate.Scores(OBJECTIVES)},
+    )

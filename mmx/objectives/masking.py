@@ -1,0 +1,291 @@
+"""Masking: what was it that is hidden? Survey 3.4, "masking"."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx.errors import InputError
+from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier, stream_of
+from mmx.losses import info_nce, kl_divergence, regression_loss
+from mmx.modalities import Features, Ids
+from mmx.modalities.embedder import HIDDEN, KEPT
+from mmx.modalities.masking import WORDS, modality_of, unmask
+from mmx.model import MultimodalTransformer
+from mmx.objectives import masks as units
+from mmx.objectives.masks import Unit
+from mmx.objectives.objective import Context, Objective, check_entries, classified, reading, total
+from mmx.objectives.views import View
+from mmx.topologies import FUSED, Sum
+from mmx.types import Batch, Masked, Metrics, Outputs
+
+Answer = Literal["content", "normalised", "huber", "contrast", "classes", "distribution"]
+EPS = 1e-12  # of the norm in a head (BERT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """How a modality is hidden, and what is asked of what is hidden."""
+
+    rate: float = 0.15
+    """The share of the tokens that exist (of unit modality: of the examples)."""
+    unit: Unit = "token"
+    """What is hidden at once: a token; a word (its tokens are told apart by the entry NAME/words); a span (three tokens on
+    average); a region and those that overlap it; a block of patches; a tube (the same places in all frames); a frame; or all of
+    an example's modality."""
+    answer: Answer = "content"
+    """What is asked: content (the id; or the numbers, by their squared distance); normalised (numbers of mean 0 and variance 1
+    within a token: MAE); huber (LXMERT); contrast (which of its own tokens it was: CPC, wav2vec 2.0); classes or distribution
+    (`target` tells them: visual codes, what a detector saw)."""
+    target: str = ""
+    """The entry of the batch with classes (B, L) or distributions (B, L, classes)."""
+    classes: int = 0
+    """How many classes there are."""
+    mask_id: int | None = None
+    """The id that stands for a hidden one ([MASK]); None: the learned mask token of the embedder."""
+    replaced: tuple[float, float] = (0.8, 0.1)
+    """Of the tokens that are asked, the share that is masked and the share that is another id, drawn at random (where they are no
+    ids, these are masked too); the rest stays as it is (BERT, arXiv 1810.04805, 3.1)."""
+    spare: tuple[int, ...] = ()
+    """Ids that are never hidden, such as the begin and the end of a text."""
+    drop: bool = False
+    """Whether the model reads only what is left (MAE): nothing stands in the place of the others, and a decoder adds it."""
+    depth: int = 2
+    """Layers of that decoder."""
+    temperature: float = 0.1
+    """Of `contrast`."""
+    head: str = ""
+    """A head that the model has already; empty: one of its own, masked_NAME or, with drop, left_NAME."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1 or (self.drop and self.rate == 1):
+            raise InputError(f"mask: rate={self.rate}; it is a share, more than 0 and at most 1 (less than 1 with drop)")
+        if min(self.replaced) < 0 or sum(self.replaced) > 1 + 1e-9:
+            raise InputError(f"mask: replaced={self.replaced}; these are shares with a sum of at most 1, such as (0.8, 0.1)")
+        if (self.answer in ("classes", "distribution")) != bool(self.target and self.classes):
+            raise InputError(
+                f"mask: answer={self.answer!r} with target={self.target!r}, classes={self.classes}; answers of classes or a "
+                f"distribution need both, and others neither"
+            )
+        if self.drop and self.unit in ("word", "span", "region", "modality"):
+            raise InputError(f"mask: unit={self.unit!r} hides now more tokens, now fewer; drop wants as many of each example")
+
+    def head_of(self, name: str) -> str:
+        """The head that answers."""
+        kind = "" if self.answer in ("content", "normalised", "huber") else f"_{self.answer}"
+        return self.head or f"{'left' if self.drop else 'masked'}_{modality_of(name)}{kind}"
+
+    def entry(self, name: str) -> str:
+        """The entry of the batch that holds what is left; equal masks of several objectives are one."""
+        return f"{name}/masked-{zlib.crc32(repr(self).encode()):08x}"
+
+    def form(self, embedder: Any) -> tuple[int, bool]:
+        """How many numbers, ids or classes an answer has to do with, and whether it is one of them and not all."""
+        if self.classes:
+            return self.classes, True
+        content = jax.eval_shape(lambda: embedder.content(embedder.example(1)))
+        return (content.shape[-1], False) if content.ndim == 3 else (embedder.vocab, True)
+
+    def make_head(self, name: str, embedder: Any) -> nn.Module:
+        """The head that answers."""
+        name, (size, one) = modality_of(name), self.form(embedder)
+        if self.drop:
+            return Reconstruction(name, size, self.depth)
+        if one and not self.classes and isinstance(embedder, Ids):
+            return TiedDecoder(name, activation="gelu", norm=EPS)
+        return TokenClassifier(size, name, activation="gelu", norm=EPS)
+
+    def check(self, name: str, model: MultimodalTransformer) -> None:
+        """Raises an InputError for what cannot be hidden or asked."""
+        embedder: Any = model.modalities[modality_of(name)]
+        kind, grid = type(embedder).__name__, embedder.grid
+        _, one = self.form(embedder)
+        if one and self.answer in ("normalised", "huber", "contrast"):
+            raise InputError(f"{name}: answer={self.answer!r} is asked of numbers, and {kind} has ids; take answer='content'")
+        if self.unit in ("block", "tube") and len(grid) < 2:
+            raise InputError(f"{name}: unit={self.unit!r} needs rows and columns, and tokens of {kind} lie in a row {grid}")
+        if self.unit == "region" and "box" not in embedder.vectors:
+            raise InputError(f"{name}: unit='region' needs the boxes of the regions; give {kind} vectors={{'box': 4}} or more")
+        if self.drop and any(isinstance(stage, Sum) for stage in model.stages):
+            raise InputError(f"{name}: drop leaves a shorter stream, and summation adds token by token; mask without drop")
+        if self.mask_id is not None and not isinstance(embedder, Ids):
+            raise InputError(f"{name}: mask_id={self.mask_id} is an id, and {kind} has none; leave it out")
+        if isinstance(embedder, Ids) and not 0 <= (self.mask_id or 0) < embedder.vocab:
+            raise InputError(f"{name}: mask_id={self.mask_id} is no id of a vocabulary of {embedder.vocab}")
+        if not (self.drop or self.mask_id is not None or embedder.mask_token or isinstance(embedder, Features)):
+            raise InputError(
+                f"{name}: {kind} has no mask token to stand for what is hidden; set --modalities.{modality_of(name)}.mask-token"
+                + (", or give the id of one as mask_id" if isinstance(embedder, Ids) else "")
+            )
+
+    def apply(self, name: str, batch: Batch, embedder: Any, key: jax.Array) -> Batch:
+        """Adds to the batch what is left of an entry, what is hidden `(B, L)`, and what stood there."""
+        entry, raw = self.entry(name), batch[name]
+        if entry in batch:
+            return batch
+        draw_key, kind_key, id_key = jax.random.split(key, 3)
+        fields, mask = embedder.read(raw)
+        content = embedder.content(raw)
+        there = embedder.there(raw)
+        there = jnp.ones(content.shape[:2], bool) if there is None else there
+        if content.ndim == 2 and self.spare:
+            there &= ~jnp.isin(content, jnp.asarray(self.spare))
+        hidden = self._draw(draw_key, there, name, batch, fields, embedder)
+        if self.drop:
+            left = self._left(there.shape[1], embedder.grid)
+            changed = {**fields, KEPT: jnp.sort(jnp.argsort(hidden, 1, stable=True)[:, :left], 1)}
+        else:
+            changed = self._replace(fields, hidden, content, embedder, kind_key, id_key)
+        keep = isinstance(raw, Masked) and raw.keep
+        left_over = changed if mask is None else Masked(changed, mask, keep)
+        asked = batch[self.target] if self.target else content
+        return {**batch, entry: left_over, f"{entry}:hidden": hidden, f"{entry}:asked": asked}
+
+    def _draw(
+        self, key: jax.Array, there: jax.Array, name: str, batch: Batch, fields: Mapping[str, Any], embedder: Any
+    ) -> jax.Array:
+        if self.unit == "word":
+            if f"{name}/{WORDS}" not in batch:
+                raise InputError(f"{name}: unit='word' needs the entry {name}/{WORDS}, each token's word; set data.words")
+            words = batch[f"{name}/{WORDS}"]
+            return units.groups(key, there & (words >= 0), jnp.maximum(words, 0), self.rate)
+        if self.unit == "region":
+            return units.regions(key, there, fields["box"], self.rate)
+        if self.unit in ("block", "tube", "frame"):
+            draw = {"block": units.blocks, "tube": units.tubes, "frame": units.frames}[self.unit]
+            return draw(key, there, embedder.grid, self.rate)
+        return {"token": units.tokens, "span": units.spans, "modality": units.whole}[self.unit](key, there, self.rate)
+
+    def _left(self, length: int, grid: tuple[int, ...]) -> int:
+        """How many tokens of each example are left."""
+        at_once = {"tube": grid[0], "frame": math.prod(grid[1:])}.get(self.unit, 1)
+        return length - -(-max(round(self.rate * length), 1) // at_once) * at_once
+
+    def _replace(
+        self,
+        fields: Mapping[str, Any],
+        hidden: jax.Array,
+        content: jax.Array,
+        embedder: Any,
+        kind_key: jax.Array,
+        id_key: jax.Array,
+    ) -> dict[str, Any]:
+        kind, (masked, other) = jax.random.uniform(kind_key, hidden.shape), self.replaced
+        first = embedder.reads[0]
+        if isinstance(embedder, Ids):
+            drawn = jax.random.randint(id_key, content.shape, 0, embedder.vocab, content.dtype)
+            swapped = hidden & (kind >= masked) & (kind < masked + other)
+            gone = hidden & (kind < masked)
+            ids = jnp.where(swapped, drawn, content)
+            if self.mask_id is not None:
+                return {**fields, first: jnp.where(gone, self.mask_id, ids)}
+            return {**fields, first: ids, HIDDEN: gone}
+        gone = hidden & (kind < masked + other)
+        if embedder.mask_token:
+            return {**fields, HIDDEN: gone}
+        zero = {**fields, first: jnp.where(gone[..., None], 0, fields[first])}
+        return {**zero, "marked": gone.astype(jnp.int32)} if embedder.marked else zero
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedModelling(Objective):
+    """What stood in the hidden places, told from what is left of its own modality and from the others.
+
+    Words (BERT; with an image beside them UNITER, ViLT), patches (BEiT, MAE), regions (ViLBERT, LXMERT), frames (HERO), pieces
+    of a sound, whole modalities. Several modalities may be hidden in one pass (FLAVA, InterBERT).
+    """
+
+    masks: Mapping[str, Mask] = dataclasses.field(default_factory=lambda: {"text": Mask()})
+    """For each entry that is hidden in part, how; the loss is the mean over them."""
+    given: tuple[str, ...] = ("image",)
+    """Entries that are read with them, whole."""
+
+    def check(self, model: MultimodalTransformer) -> None:
+        if not self.masks:
+            raise InputError("masks: nothing is hidden; name a modality, such as {'text': Mask()}")
+        check_entries((*self.masks, *self.given), model)
+        for name, mask in self.masks.items():
+            mask.check(name, model)
+
+    def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self.masks.items() if not m.head}
+
+    def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
+        for i, (name, mask) in enumerate(self.masks.items()):
+            embedder = context.model.modalities[modality_of(name)]
+            batch = mask.apply(name, batch, embedder, jax.random.fold_in(key, i))
+        return batch
+
+    def views(self) -> tuple[View, ...]:
+        return (reading(*self.given, *(mask.entry(name) for name, mask in self.masks.items())),)
+
+    def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
+        return {name: self._answers(name, mask, outputs[0], batch) for name, mask in self.masks.items()}
+
+    def _answers(self, name: str, mask: Mask, output: Outputs, batch: Batch) -> dict[str, jax.Array]:
+        entry = mask.entry(name)
+        hidden, asked = batch[f"{entry}:hidden"], batch[f"{entry}:asked"]
+        logits = of_tokens(output, modality_of(name), mask.head_of(name), hidden.shape[1])
+        if asked.ndim == 2 or mask.answer == "distribution":
+            losses = kl_divergence(logits, asked) if asked.ndim == 3 else classified(logits, asked, hidden)
+            right = logits.argmax(-1) == (asked.argmax(-1) if asked.ndim == 3 else asked)
+            return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
+        asked = asked.astype(jnp.float32)
+        if mask.answer == "contrast":
+            own = jax.vmap(lambda queries, keys: info_nce(_unit(queries), _unit(keys), jnp.arange(len(keys)), mask.temperature))
+            there = jnp.arange(hidden.shape[1])
+            best = jnp.einsum("bld,bmd->blm", _unit(logits), _unit(asked)).argmax(-1) == there
+            return {"loss": _sum(own(logits, asked), hidden), "right": _sum(best, hidden), "count": hidden.sum(1)}
+        if mask.answer == "normalised":
+            variance = asked.var(-1, keepdims=True, ddof=1)
+            asked = (asked - asked.mean(-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
+        losses = regression_loss(logits, asked, huber=mask.answer == "huber")
+        squares = {"error": jnp.square(logits - asked), "first": asked, "second": jnp.square(asked)}
+        return {"loss": _sum(losses, hidden), "count": hidden.sum(1)} | {n: _sum(x.mean(-1), hidden) for n, x in squares.items()}
+
+    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
+        losses, metrics = [], {}
+        for name, mask in self.masks.items():
+            found, head = values[name], mask.head_of(name)
+            count = total(found["count"])
+            losses.append(found["loss"].sum() / count)
+            if "right" in found:
+                metrics[f"{head}/accuracy"] = found["right"].sum() / count
+            if mask.answer == "content" and "right" in found:
+                metrics[f"{head}/perplexity"] = jnp.exp(losses[-1])
+            if "error" in found:  # 0: no better than the mean of all that was hidden
+                mean = found["first"].sum() / count
+                variance = found["second"].sum() / count - jnp.square(mean)
+                metrics[f"{head}/explained"] = 1 - found["error"].sum() / count / jnp.maximum(variance, 1e-12)
+        return jnp.stack(losses).mean(), metrics
+
+
+def of_tokens(output: Outputs, modality: str, head: str, length: int) -> jax.Array:
+    """What a head says of the tokens of a modality alone, `(B, length, n)`, without special ones in front."""
+    stream, said = stream_of(output.streams, modality), output.logits[head]
+    if stream is None:
+        raise InputError(f"head {head!r}: modality {modality!r} has no stream in this batch")
+    special = len(output.streams[stream].special)
+    front = special if said.shape[1] >= length + special else 0
+    if stream != FUSED and said.shape[1] not in (length, length + special):
+        raise InputError(f"head {head!r} answers {said.shape[1]} tokens, and {modality!r} has {length}")
+    return said[:, front : front + length]
+
+
+def _sum(values: jax.Array, where: jax.Array) -> jax.Array:
+    return jnp.where(where, values, 0).sum(1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+
+
+def present(raw: Any, size: int) -> jax.Array:
+    """Which examples have any of a raw value: `(B,)`."""
+    _, mask = unmask(raw)
+    return jnp.ones(size, bool) if mask is None else mask.reshape(size, -1).any(1)

@@ -1,0 +1,134 @@
+"""What every objective is, and what it may know of the model while it prepares a batch."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx.errors import InputError, unknown
+from mmx.losses import cross_entropy
+from mmx.modalities.masking import modality_of
+from mmx.model import MultimodalTransformer
+from mmx.objectives.views import View, run_views
+from mmx.types import Batch, Metrics, Outputs, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The model as it is when a batch is prepared: who wants to know more than the batch tells may ask it, without a gradient.
+
+    Args:
+        model: what is trained.
+        params: its parameters.
+        average: their moving average, the momentum teacher; None: there is none.
+        memory: what this objective remembers from step to step.
+        parts: microbatches; a pass over the whole batch is taken in so many.
+    """
+
+    model: MultimodalTransformer
+    params: Params = None
+    average: Params | None = None
+    memory: Any = None
+    parts: int = 1
+
+    def embeddings(self, batch: Batch, entries: Mapping[str, str], params: Params) -> dict[str, Any]:
+        """Each modality's entry of the batch alone into the shared space: `{modality: (B, E)}` and `"scale" (B,)`."""
+
+        def look(batch: Batch) -> dict[str, Any]:
+            wanted = {name: View(((name, entry),)) for name, entry in entries.items()}
+            outputs = run_views(self.model, params, batch, wanted.values(), None)
+            found: dict[str, Any] = {name: outputs[v].embeddings[name] for name, v in wanted.items()}
+            scale = next(iter(outputs.values())).logit_scale
+            return found if scale is None else {**found, "scale": jnp.broadcast_to(scale, len(next(iter(found.values()))))}
+
+        return self.ask(look, {entry: batch[entry] for entry in entries.values()})
+
+    def ask(self, look: Any, batch: Batch) -> Any:
+        """`look(batch)`, whose leaves are `(B, ...)`, in as many parts as the step has; no gradient flows back."""
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if self.parts > 1 and size % self.parts == 0:
+            split = jax.tree.map(lambda x: x.reshape(-1, self.parts, *x.shape[1:]).swapaxes(0, 1), batch)
+            found = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(look, split))
+        else:
+            found = look(batch)
+        return jax.lax.stop_gradient(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(abc.ABC):
+    """What a model is trained to do: a frozen dataclass of settings, whose parts act in the order of `mmx.objectives`.
+
+    An entry of the batch is named by its modality, or by it and what is told apart behind a slash: `text/question` is read by
+    the modality `text`.
+    """
+
+    weight: float = dataclasses.field(default=1.0, kw_only=True)
+    """Share in the total loss; 0 leaves it out."""
+
+    def check(self, model: MultimodalTransformer) -> None:
+        """Raises an InputError, before training, for what this model cannot be trained to do, with the reason."""
+        return
+
+    def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """The heads it needs; the model is built with them."""
+        return {}
+
+    def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
+        """Adds entries to the batch, as a whole: what is masked, swapped or shuffled, and what is asked."""
+        return batch
+
+    @abc.abstractmethod
+    def views(self) -> tuple[View, ...]:
+        """The forward passes it wants."""
+
+    @abc.abstractmethod
+    def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
+        """What the loss needs of them, example by example: every leaf is `(B, ...)`."""
+
+    @abc.abstractmethod
+    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
+        """The loss of the whole batch, a scalar, and metrics."""
+
+    def memory(self, model: MultimodalTransformer) -> Any:
+        """What it remembers from step to step, at the beginning: a tree of arrays, part of the training state."""
+        return None
+
+    def remember(self, memory: Any, batch: Batch) -> Any:
+        """What it remembers after a step with this batch, as `corrupt` left it."""
+        return memory
+
+
+def reading(*entries: str, causal: Sequence[str] = ()) -> View:
+    """The forward pass in which each entry is read by its modality."""
+    return View(tuple((modality_of(entry), entry) for entry in entries), tuple(causal))
+
+
+def classified(logits: jax.Array, labels: jax.Array, asked: jax.Array, **settings: float) -> jax.Array:
+    """Cross-entropy `(...)` of `logits (..., V)` where something is asked, else 0.
+
+    A label that is no class is not a number: the step is counted and moves nothing, and ten in a row stop the run.
+    """
+    wrong = (labels < 0) | (labels >= logits.shape[-1])
+    return jnp.where(asked, jnp.where(wrong, jnp.nan, cross_entropy(logits, labels, **settings)), 0)
+
+
+def check_entries(entries: Sequence[str], model: MultimodalTransformer) -> None:
+    """Raises an InputError for an entry that no modality of the model reads."""
+    for entry in entries:
+        if modality_of(entry) not in model.modalities:
+            raise InputError(unknown("modality", modality_of(entry), model.modalities))
+
+
+def check_head(head: str, model: MultimodalTransformer) -> None:
+    """Raises an InputError where a head is named that the model does not have."""
+    if head not in model.heads:
+        raise InputError(unknown("head", head, model.heads) if model.heads else f"the model has no heads, and {head!r} is wanted")
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum over the batch, 1 at least, to divide by."""
+    return jnp.maximum(x.sum(), 1)

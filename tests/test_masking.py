@@ -1,0 +1,382 @@
+"""Masked modelling, ordering, classification, distillation: what is asked, of whom, and what each refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmx
+from mmx import modalities, objectives
+from mmx.errors import InputError
+from mmx.objectives import (
+    Captioning,
+    Classification,
+    Context,
+    Contrastive,
+    Distillation,
+    Mask,
+    MaskedModelling,
+    Matching,
+    Ordering,
+)
+from mmx.topologies import TOPOLOGIES, PerStream
+from mmx.types import Masked
+
+IMAGE = modalities.Patches((32, 32), (8, 8), mask_token=True)
+TEXT = modalities.Ids(300, 12, mask_token=True)
+ALL = {
+    "words": MaskedModelling(masks={"text": Mask(0.3)}),
+    "patches": MaskedModelling(masks={"image": Mask(0.4, "block", "normalised")}, given=("text",)),
+    "which": MaskedModelling(masks={"image": Mask(0.4, answer="contrast")}, given=("text",)),
+    "together": MaskedModelling(masks={"image": Mask(0.4, "frame"), "text": Mask(0.3, "span", mask_id=4)}, given=()),
+    "left": MaskedModelling(masks={"image": Mask(0.75, drop=True)}, given=("text",)),
+    "modality": MaskedModelling(masks={"text": Mask(0.9, "modality")}),
+    "hard": Matching(negatives="hard"),
+    "aligned": Matching(alignment=0.1),
+    "taught": Contrastive(teacher=0.4, queue=12),
+    "order": Ordering(rate=0.5),
+    "runs": Ordering("text", ("image",), 0.5, size=3),
+    "group": Classification(label="group", classes=3),
+    "number": Classification(label="size", classes=1, answer="regression"),
+    "prefix": Captioning(prefix=0.5),
+    "denoised": Captioning(masks={"image": Mask(0.5)}),
+    "language": Captioning(given=()),
+    "distilled": Distillation(),
+}
+SUMMED = {"left", "aligned"}  # what summation cannot do
+
+
+@pytest.fixture
+def labelled(batch):
+    ids, here = batch["text"].array, batch["text"].mask
+    return {
+        "image": batch["image"],
+        "text": Masked(ids, here & (np.arange(12) < 9)),
+        "label/group": np.arange(8, dtype=np.int32) % 3,
+        "label/size": np.linspace(-1, 1, 8, dtype=np.float32),
+    }
+
+
+def make(tiny, chosen, topology="multi_to_one", **model):
+    experiment = dataclasses.replace(
+        tiny,
+        topology=topology,
+        modalities={"image": IMAGE, "text": TEXT},
+        objectives=chosen,
+        model=dataclasses.replace(tiny.model, **model),
+    )
+    model = experiment.build_model()
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    return model, params
+
+
+def program(chosen, model, gradient=True):
+    """`(params, batch) -> (total loss, metrics), gradient`, compiled once."""
+    memory = objectives.memories(chosen, model)
+
+    def loss(params, batch):
+        context = Context(model, params, params, memory)
+        prepared = objectives.corrupt(chosen, batch, jax.random.key(3), context)
+        return objectives.total_loss(chosen, objectives.forward(chosen, model, params, prepared, None), memory)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True) if gradient else lambda *args: (loss(*args), None))
+
+
+def run(chosen, model, params, batch):
+    """Total loss, metrics and gradient."""
+    (value, metrics), gradient = program(chosen, model)(params, batch)
+    return value, metrics, gradient
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_padding_and_what_is_absent_change_no_loss(tiny, labelled, topology):
+    """Noise where nothing is; and an example without text, in all objectives at once."""
+    chosen = {n: o for n, o in ALL.items() if not (topology == "early_summation" and n in SUMMED)}
+    model, params = make(tiny, chosen, topology)
+    text, whole = labelled["text"], topology == "multi_to_one"
+    there = text.mask & (np.arange(8) != 5)[:, None]
+    quiet, noisy = (dict(labelled, text=Masked(np.where(there, text.array, fill), there)) for fill in (0, 299))
+    compiled = program(chosen, model, gradient=whole)
+    ((total, metrics), gradient), ((_, again), other_gradient) = (compiled(params, b) for b in (quiet, noisy))
+    assert jnp.isfinite(total) and set(metrics) >= {f"loss/{name}" for name in chosen}
+    for name in chosen:
+        np.testing.assert_allclose(metrics[f"loss/{name}"], again[f"loss/{name}"], rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), gradient, other_gradient)
+
+
+def test_what_summation_cannot_do_is_refused(tiny):
+    for name in SUMMED:
+        with pytest.raises(InputError, match=f"objectives.{name}.*sum"):
+            make(tiny, {name: ALL[name]}, "early_summation")
+
+
+def prepared(objective, model, batch, key=0):
+    return jax.jit(lambda b: objective.corrupt(b, jax.random.key(key), Context(model)))(batch)
+
+
+def entry_of(objective, modality):
+    return next(entry for view in objective.views() for m, entry in view.reads if m == modality)
+
+
+def test_of_hidden_words_four_in_five_are_masked_and_one_in_ten_is_another(tiny, labelled):
+    objective = MaskedModelling(masks={"text": Mask(0.5, mask_id=4, spare=(2, 3))})
+    model, _ = make(tiny, {"words": objective})
+    batch = dict(labelled, text=jax.tree.map(lambda x: np.tile(x, (100, 1)), labelled["text"]))
+    out = prepared(objective, model, batch)
+    entry = entry_of(objective, "text")
+    hidden, before, after = (np.asarray(x) for x in (out[f"{entry}:hidden"], batch["text"].array, out[entry].array["ids"]))
+    assert not hidden[np.isin(before, (2, 3)) | ~batch["text"].mask].any()
+    np.testing.assert_array_equal(after[~hidden], before[~hidden])
+    np.testing.assert_array_equal(out[f"{entry}:asked"], before)
+    assert 0.77 < (after[hidden] == 4).mean() < 0.83
+    assert 0.08 < ((after != before) & (after != 4))[hidden].mean() < 0.12
+
+
+def test_the_loss_is_the_cross_entropy_of_the_hidden_words(tiny, labelled):
+    objective = ALL["words"]
+    model, params = make(tiny, {"words": objective})
+    out = prepared(objective, model, labelled)
+    entry = entry_of(objective, "text")
+    said = jax.jit(lambda p, b: model.apply({"params": p}, b).logits["masked_text"])(
+        params, {"image": out["image"], "text": out[entry]}
+    )
+    losses = -jax.nn.log_softmax(said)[np.arange(8)[:, None], np.arange(12), labelled["text"].array]
+    expected = np.asarray(losses)[np.asarray(out[f"{entry}:hidden"])].mean()
+    values = objectives.forward({"words": objective}, model, params, out, None)
+    loss, metrics = objective.loss(values["words"])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["masked_text/perplexity"], np.exp(expected), rtol=1e-5)
+
+
+def test_what_is_hidden_does_not_reach_the_answer(tiny, labelled):
+    """Other pixels and other words in the hidden places change no answer, where all of them are masked."""
+    masks = {"image": Mask(0.4, replaced=(1, 0)), "text": Mask(0.3, replaced=(1, 0))}
+    objective = MaskedModelling(masks=masks, given=())
+    model, params = make(tiny, {"x": objective})
+    out = prepared(objective, model, labelled)
+    names = {n: entry_of(objective, n) for n in masks}
+    hidden = {n: np.asarray(out[f"{entry}:hidden"]) for n, entry in names.items()}
+    changed = dict(labelled, text=Masked(np.where(hidden["text"], 7, labelled["text"].array), labelled["text"].mask))
+    pixels = np.repeat(np.repeat(hidden["image"].reshape(8, 4, 4), 8, 1), 8, 2)[..., None]
+    changed["image"] = np.where(pixels, 255 - labelled["image"], labelled["image"])
+    both = [prepared(objective, model, b) for b in (labelled, changed)]
+    read = jax.jit(lambda b: model.apply({"params": params}, {n: b[entry] for n, entry in names.items()}).logits)
+    a, b = (read(x) for x in both)
+    np.testing.assert_allclose(a["masked_text"], b["masked_text"], atol=1e-5)
+    np.testing.assert_allclose(a["masked_image"], b["masked_image"], atol=1e-5)
+    entry = names["image"]
+    assert np.abs(np.asarray(both[0][f"{entry}:asked"]) - np.asarray(both[1][f"{entry}:asked"])).max() > 0.5
+
+
+def test_dropped_patches_never_enter(tiny, labelled):
+    objective = ALL["left"]
+    model, params = make(tiny, {"x": objective})
+    out = prepared(objective, model, labelled)
+    raw = out[entry_of(objective, "image")]
+    assert raw["kept"].shape == (8, 4)
+    hidden = np.asarray(out[f"{entry_of(objective, 'image')}:hidden"])
+    assert (hidden.sum(1) == 12).all() and not np.take_along_axis(hidden, np.asarray(raw["kept"]), 1).any()
+    tokens = model.apply({"params": params}, {"image": raw}).streams["image"]
+    assert tokens.values.shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("embedder", "content"),
+    [
+        (modalities.Features(5, 6), 5),
+        (modalities.Spectrogram(16, 4, mask_token=True), 4),
+        (modalities.Spectrogram(16, 4, "strided", mask_token=True), 8),
+        (modalities.Waveform(400, ((40, 40),), mask_token=True), 40),
+        (modalities.Points(6, mask_token=True), 3),
+        (modalities.Strokes(6, mask_token=True), 5),
+        (modalities.Graph(6, channels=3, mask_token=True), 3),
+        (modalities.Graph(6, vocab=20, mask_token=True), 20),
+        (modalities.PackedPatches(6, (2, 2), mask_token=True), 12),
+        (modalities.Patches((4, 8, 8), (2, 4, 4), mask_token=True), 96),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, int) else str(x),
+)
+def test_anything_can_be_hidden_and_told(embedder, content, rng):
+    """What stood there is asked of every kind of token; its loss learns something of every parameter that reads it."""
+    objective = MaskedModelling(masks={"thing": Mask(0.5)}, given=("text",))
+    things = {"thing": embedder, "text": TEXT}
+    heads = objectives.needed_heads({"x": objective}, things)
+    model = mmx.build_model(things, "early_concatenation", width=16, depth=1, heads=2, outputs=heads)
+    objective.check(model)
+    batch = mmx.example_batch(model, 4)
+
+    def fill(x):
+        kind = jnp.asarray(x).dtype
+        noise = rng.integers(0, 3, x.shape) if jnp.issubdtype(kind, jnp.integer) else rng.standard_normal(x.shape)
+        return x if jnp.issubdtype(kind, jnp.bool_) else noise.astype(kind)
+
+    batch = jax.tree.map(fill, batch)
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    value, _, gradient = run({"x": objective}, model, params, batch)
+    assert jnp.isfinite(value) and all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    head = gradient["heads_masked_thing"]["classifier"]["kernel"]
+    assert head.shape[-1] == content and np.abs(head).max() > 0
+
+
+def test_tokens_that_change_places_are_moved_with_their_label(tiny, labelled):
+    """The patches themselves are exchanged, positions stay: the model sees the same as in an image cut up by hand."""
+    objective = Ordering(given=(), rate=0.5)
+    model, params = make(tiny, {"order": objective})
+    out = prepared(objective, model, labelled)
+    entry = entry_of(objective, "image")
+    label, moved = np.asarray(out[f"{entry}:label"]), np.asarray(out[f"{entry}:moved"])
+    assert (moved.sum(1) == 8).all() and ((label != np.arange(16)) == moved).all() and (np.sort(label, 1) == np.arange(16)).all()
+    patches = labelled["image"].reshape(8, 4, 8, 4, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 16, 8, 8, 3)
+    patches = np.take_along_axis(patches, label[..., None, None, None], 1)
+    by_hand = patches.reshape(8, 4, 4, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 32, 32, 3)
+    read = jax.jit(lambda image: model.apply({"params": params}, {"image": image}).logits["order_image"])
+    np.testing.assert_allclose(read(out[entry]), read(by_hand), atol=1e-5)
+
+
+def test_sentences_change_places_whole(tiny, labelled):
+    objective = Ordering("text", (), 1.0, sentences="text/sentences", most=4)
+    model, _ = make(tiny, {"order": objective})
+    of = np.broadcast_to([-1, 0, 0, 0, 1, 1, 2, 2, -1, -1, -1, -1], (8, 12))
+    out = prepared(objective, model, {**labelled, "text/sentences": of})
+    entry = entry_of(objective, "text")
+    for label, kept in zip(np.asarray(out[f"{entry}:label"]), np.asarray(out[entry].array["kept"]), strict=True):
+        assert kept[0] == 0 and (kept[8:] == np.arange(8, 12)).all()
+        starts = [i for i in range(1, 8) if label[i] != label[i - 1]]
+        assert len(starts) == 3 and {tuple(kept[label == s]) for s in range(3)} == {(1, 2, 3), (4, 5), (6, 7)}
+
+
+def test_a_wrong_label_is_no_number_and_no_label_is_no_question(tiny, labelled):
+    chosen = {"group": ALL["group"]}
+    model, params = make(tiny, chosen)
+    some = np.where(np.arange(8) < 3, -1, labelled["label/group"]).astype(np.int32)
+    compiled = program(chosen, model, gradient=False)
+    (part, _), _ = compiled(params, {**labelled, "label/group": some})
+    (first, _), _ = compiled(params, jax.tree.map(lambda x: x[3:], labelled))
+    np.testing.assert_allclose(part, first, rtol=1e-5)
+    wrong = np.where(np.arange(8) == 6, 3, some).astype(np.int32)
+    assert jnp.isnan(compiled(params, {**labelled, "label/group": wrong})[0][0])
+    ids = np.where((np.arange(12) == 2) & (np.arange(8) == 1)[:, None], 300, labelled["text"].array)
+    for name in ("language", "words"):
+        alone = {name: MaskedModelling(masks={"text": Mask(1.0)}) if name == "words" else ALL[name]}
+        other, others = make(tiny, alone)
+        unknown = {**labelled, "text": Masked(ids, labelled["text"].mask)}
+        assert jnp.isnan(program(alone, other, gradient=False)(others, unknown)[0][0]), name
+    with pytest.raises(InputError, match="expected a class of each example"):
+        compiled(params, {**labelled, "label/group": labelled["label/size"]})
+    with pytest.raises(InputError, match="name its field in data.labels"):
+        compiled(params, {"image": labelled["image"], "text": labelled["text"]})
+
+
+def test_hard_negatives_are_near_ones(tiny, labelled):
+    """Of two groups of equal images, the text of the own group is taken, for the scores leave nothing else."""
+    objective = Matching(negatives="hard", swap_rate=1.0)
+    model, _ = make(tiny, {"x": objective})
+    first = jnp.eye(8)[jnp.arange(8) // 4]
+
+    class Near(Context):
+        def embeddings(self, batch, entries, params):
+            return {"image": first, "text": first, "scale": jnp.full(8, 100.0)}
+
+    for key in range(5):
+        out = objective.corrupt(labelled, jax.random.key(key), Near(model))
+        swapped = np.asarray(out[entry_of(objective, "text")].array)
+        of = [next(i for i in range(8) if (labelled["text"].array[i] == row).all()) for row in swapped]
+        assert all(i != j and i // 4 == j // 4 for i, j in enumerate(of))
+
+
+def test_a_queue_keeps_the_last_vectors_and_they_are_negatives(tiny, labelled):
+    objective = Contrastive(teacher=0.4, queue=12)
+    model, params = make(tiny, {"x": objective})
+    memory = objective.memory(model)
+
+    @jax.jit
+    def step(memory, batch):
+        context = Context(model, params, params, memory)
+        out = objective.corrupt(batch, jax.random.key(0), context)
+        values = objectives.forward({"x": objective}, model, params, out, None)["x"]
+        return objective.remember(memory, out), objective.loss(values, memory)[0], values
+
+    other = {**labelled, "image": 255 - labelled["image"]}
+    memory, alone, values = step(memory, labelled)
+    assert np.asarray(memory["queue"]["there"]).sum() == 8
+    later, with_queue, _ = step(memory, other)
+    _, without, _ = step(objective.memory(model), other)
+    assert with_queue > without + 0.1  # more to tell apart
+    np.testing.assert_allclose(later["queue"]["image"][8:], memory["queue"]["image"][:4], atol=1e-6)
+    own, text = (np.asarray(values["embeddings"][n]) for n in ("image", "text"))
+    scale = float(values["logit_scale"][0])
+
+    def one(a, b):  # the student is the teacher here
+        believed = jax.nn.softmax(scale * a @ b.T)
+        return -((0.4 * believed + 0.6 * np.eye(8)) * jax.nn.log_softmax(scale * a @ b.T)).sum(-1)
+
+    np.testing.assert_allclose(alone, (one(own, text) + one(text, own)).mean() / 2, rtol=1e-4)
+
+
+def test_scores_in_chunks_are_the_same_loss(tiny, labelled):
+    whole, chunked = Captioning(label_smoothing=0.1, z_loss=1e-3), Captioning(label_smoothing=0.1, z_loss=1e-3, chunks=4)
+    model, params = make(tiny, {"x": whole})
+    a, b = (run({"x": o}, model, params, labelled) for o in (whole, chunked))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a[2], b[2])
+
+    def held(objective):
+        def loss(p):
+            return objectives.total_loss({"x": objective}, objectives.forward({"x": objective}, model, p, labelled, None))[0]
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("8,11,300]")
+
+    assert not held(chunked) < held(whole) == 0 and held(chunked) == 0
+
+
+def test_a_question_is_given_and_its_answer_is_asked(tiny, labelled):
+    """The group of a text tells what is given: only the others are asked."""
+    group = np.where(np.arange(12) < 4, 0, -1) + np.zeros((8, 1), int)
+    text = labelled["text"]
+    batch = {**labelled, "text": Masked({"ids": text.array, "group": group}, text.mask)}
+    objective = Captioning()
+    model, params = make(tiny, {"x": objective})
+    values = objectives.forward({"x": objective}, model, params, batch, None)["x"]
+    np.testing.assert_array_equal(values["tokens"], text.mask[:, 4:].sum(1))
+
+
+def test_who_keeps_streams_apart_cannot_describe(tiny, labelled):
+    """No image reaches the words; the loss would fall all the same. Retrieval and each alone are what such a model can do."""
+    model, params = make(tiny, {"a": ALL["words"], "b": ALL["language"], "c": Contrastive(), "d": Captioning()})
+    objectives.check_reached({"a": ALL["words"], "d": Captioning()}, model, params, labelled)
+    apart = model.clone(stages=(PerStream(1, model.stages[0].block),))
+    shapes = jax.eval_shape(lambda: apart.init(jax.random.key(0), mmx.example_batch(apart)))["params"]
+    objectives.check_reached({"b": ALL["language"], "c": Contrastive()}, apart, shapes, labelled)
+    for name, objective in {"a": ALL["words"], "d": Captioning()}.items():
+        with pytest.raises(InputError, match=f"objectives.{name}: nothing of 'image' reaches"):
+            objectives.check_reached({name: objective}, apart, shapes, labelled)
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        (MaskedModelling(masks={"text": Mask(unit="block")}), "needs rows and columns"),
+        (MaskedModelling(masks={"text": Mask(answer="normalised")}), "is asked of numbers"),
+        (MaskedModelling(masks={"image": Mask(mask_id=4)}), "mask_id=4 is an id"),
+        (MaskedModelling(masks={"image": Mask(unit="region")}), "needs the boxes"),
+        (MaskedModelling(masks={"sound": Mask()}), "unknown modality 'sound'"),
+        (Captioning(text="image", given=("text",)), "has no ids"),
+        (Captioning(given=("text",)), "cannot be given and written"),
+        (Contrastive(modalities=("image",)), "nothing to compare"),
+        (Contrastive(kind="sigmoid"), "logit_bias"),
+        (Ordering(size=16), "which has no order"),
+        (Classification(classes=1), "nothing to choose"),
+        (Distillation(what="logits", head="nothing"), "'nothing'"),
+    ],
+    ids=lambda x: x.replace(" ", "_") if isinstance(x, str) else type(x).__name__,
+)
+def test_what_cannot_be_trained_is_refused_before_it_is(tiny, objective, reason):
+    with pytest.raises(InputError, match=f"objectives.x: .*{reason}"):
+        make(tiny, {"x": objective})
+
+
+def test_a_modality_without_a_mask_token_is_told_how_to_get_one(tiny):
+    with pytest.raises(InputError, match="set --modalities.image.mask-token"):
+        dataclasses.replace(tiny, objectives={"x": MaskedModelling(masks={"image": Mask()}, given=())})
