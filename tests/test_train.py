@@ -285,15 +285,15 @@ def test_a_step_with_nan_is_skipped_counted_and_shown(cheap, monkeypatch, capsys
     assert trained[3]["learning_rate"] == trained[2]["learning_rate"]
 
 
-def test_a_skipped_step_moves_nothing(tiny, batch):
+def test_a_skipped_step_moves_nothing(cheap, batch):
     import functools
 
     from mmx.parallel import make_mesh
     from mmx.train import Task, make_optimizer, make_schedule, make_state, train_step
 
-    task, optimizer = Task(tiny.build_model(), tiny.active_objectives), make_optimizer(tiny.optimizer, 6)
+    task, optimizer = Task(cheap.build_model(), cheap.active_objectives), make_optimizer(cheap.optimizer, 6)
     state, _ = make_state(task.model, optimizer, True, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
-    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=make_schedule(tiny.optimizer, 6), ema=0.9)
+    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=make_schedule(cheap.optimizer, 6), ema=0.9)
     good, bad = dict(batch, image=batch["image"] / 255.0), dict(batch, image=np.full(batch["image"].shape, np.nan))
     step = jax.jit(step)
     state, _ = step(state, good)
