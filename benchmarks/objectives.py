@@ -40,6 +40,7 @@ from mmx.train import CheckpointConfig, LogConfig, OptimizerConfig, make_optimiz
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 GROUPS = tuple(sorted({entry["group"] for entry in read_entries()}))
+BATCH = 64
 HELD_OUT = 340  # a tenth of the split `train`, which is in a random order
 WORDS = Mask(0.15, spare=(0, 2, 3))
 HEAD = """# Objectives
@@ -182,6 +183,7 @@ def experiment(row: Row, folder: str, steps: int) -> mmx.Experiment:
     fields = {"image": "image", "text": "name", "text/answer": ("question", "answer")}
     return mmx.Experiment(
         steps=steps,
+        batch_size=BATCH,
         run=folder,
         model=dataclasses.replace(default.model, **row.model),
         modalities={"image": Patches((32, 32), (8, 8), mask_token=True), "text": Ids(1024, 21, mask_token=True)},
@@ -245,7 +247,7 @@ def main() -> None:
         lines.append(measure(name, args.steps))
         print(lines[-1], flush=True)
     if not args.names:
-        PAGE.write_text(HEAD.format(steps=args.steps, batch=mmx.Experiment().batch_size) + "\n".join(lines) + "\n")
+        PAGE.write_text(HEAD.format(steps=args.steps, batch=BATCH) + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ OBJECTIVES = {
 def config() -> mmx.Experiment:
     """The default model; an emoji's name, and a question about it with its answer, are read and written as the same modality."""
     return mmx.Experiment(
-        steps=1200,
+        steps=600,
         objectives=OBJECTIVES,
         data=DataConfig(fields={"image": "image", "text": "name", "text/answer": ("question", "answer")}),
         evaluators={

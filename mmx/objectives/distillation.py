@@ -110,7 +110,7 @@ class Distillation(Objective):
             raise InputError(
                 f"what='embeddings': spaces of {model.embed} and, of the teacher, {teacher.embed} numbers; they must be one"
             )
-        return _load(self.teacher).params
+        return jax.device_get(_load(self.teacher).params)  # the run lays it out on its own devices
 
 
 @functools.lru_cache(maxsize=2)
