@@ -9,7 +9,9 @@ import pytest
 
 import mmx
 from mmx import modalities, objectives
+from mmx.data import Pipeline
 from mmx.errors import InputError
+from mmx.evaluate import Evaluation, Missing, Scores
 from mmx.objectives import (
     Captioning,
     Classification,
@@ -21,6 +23,7 @@ from mmx.objectives import (
     Matching,
     Ordering,
 )
+from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import TOPOLOGIES, PerStream
 from mmx.types import Masked
 
@@ -380,3 +383,18 @@ def test_what_cannot_be_trained_is_refused_before_it_is(tiny, objective, reason)
 def test_a_modality_without_a_mask_token_is_told_how_to_get_one(tiny):
     with pytest.raises(InputError, match="set --modalities.image.mask-token"):
         dataclasses.replace(tiny, objectives={"x": MaskedModelling(masks={"image": Mask()}, given=())})
+
+
+def test_scores_are_those_of_the_whole_split_at_once(tiny, one_device):
+    """In parts of 8, the last one filled up: the loss of captions is that which `Missing` finds, and nothing counts twice."""
+    data = Pipeline(tiny.data, tiny.modalities, 8)
+    model, mesh = tiny.build_model(), make_mesh(MeshConfig(), one_device)
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    evaluation = Evaluation(model, params, data, mesh, 8, True)
+    split = "composition[:20]"
+    scores = Scores({"words": Captioning()}, split=split)
+    scores.check(data)
+    found, missing = (evaluator(evaluation).metrics for evaluator in (scores, Missing(split=split)))
+    np.testing.assert_allclose(found["loss/words"], missing["loss_complete"], rtol=1e-5)
+    with pytest.raises(InputError, match="there are none to score"):
+        Scores().check(data)

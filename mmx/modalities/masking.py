@@ -59,23 +59,23 @@ def drop_modalities(batch: Batch, names: Iterable[str], rate: float, key: jax.Ar
     """
     entries = {name: [e for e in batch if modality_of(e) == name and not e.endswith(f"/{WORDS}")] for name in names}
     entries = {name: found for name, found in entries.items() if found}
-    there = [functools.reduce(jnp.logical_or, [_present(batch[e]) for e in found]) for found in entries.values()]
-    present = jnp.stack(there, 1)  # (B, M)
-    drawn = jax.random.uniform(key, present.shape)
-    keep = present & (drawn >= rate)
-    spared = jax.nn.one_hot(jnp.where(present, drawn, -1.0).argmax(1), len(entries), dtype=bool) & present
+    there = [functools.reduce(jnp.logical_or, [present(batch[e]) for e in found]) for found in entries.values()]
+    here = jnp.stack(there, 1)  # (B, M)
+    drawn = jax.random.uniform(key, here.shape)
+    keep = here & (drawn >= rate)
+    spared = jax.nn.one_hot(jnp.where(here, drawn, -1.0).argmax(1), len(entries), dtype=bool) & here
     keep = jnp.where(keep.any(1, keepdims=True), keep, spared)
     dropped = {}
     for i, found in enumerate(entries.values()):
         for entry in found:
             array, mask = unmask(batch[entry])
-            here = keep[:, i]
-            mask = here if mask is None else mask & here.reshape(-1, *[1] * (mask.ndim - 1))
+            kept = keep[:, i]
+            mask = kept if mask is None else mask & kept.reshape(-1, *[1] * (mask.ndim - 1))
             dropped[entry] = Masked(array, mask)
     return {**batch, **dropped}
 
 
-def _present(raw: Any) -> jax.Array:
+def present(raw: Any) -> jax.Array:
     """Which examples have any of a raw value: `(B,)`."""
     array, mask = unmask(raw)
     if mask is None:

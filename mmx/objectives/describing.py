@@ -37,7 +37,7 @@ class Captioning(Objective):
     """The entry of ids that is written."""
     given: tuple[str, ...] = ("image",)
     """The entries it is written about."""
-    masks: Mapping[str, Mask] = dataclasses.field(default_factory=dict)
+    masks: Mapping[str, Mask] = dataclasses.field(default_factory=dict, hash=False)
     """For entries of `given` that are hidden in part, how."""
     writer: str = ""
     """The modality of ids that writes; empty: that of the text. Another one is the decoder of an encoder-decoder."""

@@ -15,7 +15,7 @@ from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier, stream_of
 from mmx.losses import info_nce, kl_divergence, regression_loss
 from mmx.modalities import Features, Ids
 from mmx.modalities.embedder import HIDDEN, KEPT
-from mmx.modalities.masking import WORDS, modality_of, unmask
+from mmx.modalities.masking import WORDS, modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives import masks as units
 from mmx.objectives.masks import Unit
@@ -200,7 +200,7 @@ class MaskedModelling(Objective):
     of a sound, whole modalities. Several modalities may be hidden in one pass (FLAVA, InterBERT).
     """
 
-    masks: Mapping[str, Mask] = dataclasses.field(default_factory=lambda: {"text": Mask()})
+    masks: Mapping[str, Mask] = dataclasses.field(default_factory=lambda: {"text": Mask()}, hash=False)
     """For each entry that is hidden in part, how; the loss is the mean over them."""
     given: tuple[str, ...] = ("image",)
     """Entries that are read with them, whole."""
@@ -283,9 +283,3 @@ def _sum(values: jax.Array, where: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
-
-
-def present(raw: Any, size: int) -> jax.Array:
-    """Which examples have any of a raw value: `(B,)`."""
-    _, mask = unmask(raw)
-    return jnp.ones(size, bool) if mask is None else mask.reshape(size, -1).any(1)

@@ -22,9 +22,8 @@ from mmx.losses import (
     similarity,
     transport_distance,
 )
-from mmx.modalities.masking import modality_of
+from mmx.modalities.masking import modality_of, present
 from mmx.model import MultimodalTransformer
-from mmx.objectives.masking import present
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading
 from mmx.objectives.views import View
 from mmx.types import Batch, Metrics, Outputs
@@ -142,8 +141,7 @@ class Contrastive(Objective):
         if not self.queue:
             return memory
         new = batch["contrastive/teacher"]
-        size = len(next(iter(new.values())))
-        there = functools.reduce(jnp.logical_and, [present(batch[entry], size) for entry in self.modalities])
+        there = functools.reduce(jnp.logical_and, [present(batch[entry]) for entry in self.modalities])
         old = memory["queue"]
         return {"queue": {n: jnp.concatenate([x, old[n]])[: self.queue] for n, x in {**new, "there": there}.items()}}
 
@@ -224,7 +222,7 @@ class Matching(Objective):
         first, last = self.modalities[0], self.modalities[-1]
         found = context.embeddings(batch, {modality_of(entry): entry for entry in (first, last)}, context.params)
         scores = similarity(found[modality_of(first)], found[modality_of(last)], found["scale"].mean())
-        return hard_negatives(scores, key, present(batch[last], len(scores)))
+        return hard_negatives(scores, key, present(batch[last]))
 
     def views(self) -> tuple[View, ...]:
         return (reading(*self.modalities[:-1], self._swapped),)
@@ -232,7 +230,7 @@ class Matching(Objective):
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
         label, output = batch[f"{self._swapped}:label"], outputs[0]
         entries = (*self.modalities[:-1], self._swapped)
-        there = functools.reduce(jnp.logical_and, [present(batch[entry], len(label)) for entry in entries])
+        there = functools.reduce(jnp.logical_and, [present(batch[entry]) for entry in entries])
         values = {"logits": output.logits[self._head], "label": label, "there": there}
         if self.alignment:
             text, image = (output.streams[modality_of(self.modalities[i])].without_special for i in (-1, 0))
