@@ -8,6 +8,7 @@ import mmx
 from mmx.errors import InputError
 from mmx.heads import Classifier, Pooler, Similarity, TiedDecoder, TokenClassifier
 from mmx.modalities import Features, Ids
+from mmx.model import abstract_params
 from mmx.topologies import PerStream
 from mmx.types import Tokens
 
@@ -32,9 +33,9 @@ def setting():
     modalities = {"text": Ids(20, 4), "image": Features(6, 5)}
     model = mmx.build_model(modalities, (PerStream(0),), width=8, embed=0, outputs=outputs)
     batch = {"text": rng.integers(0, 20, (2, 4)), "image": rng.standard_normal((2, 5, 6)).astype("f")}
-    params = model.init(jax.random.key(0), batch)["params"]
-    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), params)
-    return model, params, batch, model.apply({"params": params}, batch)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype("f"), abstract_params(model))
+    call = jax.jit(lambda batch: model.apply({"params": params}, batch))
+    return call, params, batch, call(batch)
 
 
 def dense(x, p):
@@ -48,11 +49,11 @@ def transformed(x, p):
 
 
 def test_streams_that_are_fused(setting):
-    model, params, batch, out = setting
+    call, params, batch, out = setting
     text, image = (out.streams[n].values.mean(1) for n in ("text", "image"))
     for name, fused in (("product", text * image), ("sum", text + image)):
         np.testing.assert_allclose(out.logits[name], dense(fused, params[f"heads_{name}"]["classifier"]), atol=1e-4)
-    alone = model.apply({"params": params}, {"text": batch["text"]})
+    alone = call({"text": batch["text"]})
     for name in ("product", "sum"):
         np.testing.assert_allclose(alone.logits[name], dense(text, params[f"heads_{name}"]["classifier"]), atol=1e-4)
     p = params["heads_beside"]["classifier"]
@@ -63,7 +64,7 @@ def test_streams_that_are_fused(setting):
 
 
 def test_streams_side_by_side(setting):
-    model, params, batch, out = setting
+    call, params, batch, out = setting
     text, image = (out.streams[n].values.mean(1) for n in ("text", "image"))
     found = dense(np.concatenate([text, image], -1), params["heads_beside"]["classifier"])
     np.testing.assert_allclose(out.logits["beside"], found, atol=1e-4)
@@ -72,7 +73,7 @@ def test_streams_side_by_side(setting):
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)
         np.testing.assert_allclose(out.logits["space"][name], x, atol=1e-5)
     np.testing.assert_allclose(out.logits["space"]["scale"], np.exp(params["heads_space"]["logit_scale"]), rtol=1e-6)
-    alone = model.apply({"params": params}, {"text": batch["text"]}).logits["beside"]  # zeros for what is absent
+    alone = call({"text": batch["text"]}).logits["beside"]  # zeros for what is absent
     found = dense(np.concatenate([text, np.zeros_like(image)], -1), params["heads_beside"]["classifier"])
     np.testing.assert_allclose(alone, found, atol=1e-4)
 
@@ -104,11 +105,11 @@ def test_classes_of_learned_tokens():
 
 
 def test_tied_matrices(setting):
-    model, params, batch, out = setting
+    call, params, batch, out = setting
     both = np.concatenate([out.streams[n].values for n in ("text", "image")], 1)
     expected = both @ params["modalities_text"]["token"]["embedding"].T + params["heads_both"]["decoder_bias"]
     np.testing.assert_allclose(out.logits["both"], expected, atol=1e-4)
     features = out.streams["image"].values @ params["modalities_image"]["linear"]["kernel"].T
     np.testing.assert_allclose(out.logits["regression"], features + params["heads_regression"]["decoder_bias"], atol=1e-4)
-    alone = model.apply({"params": params}, {"text": batch["text"]}).logits
+    alone = call({"text": batch["text"]}).logits
     assert alone["both"].shape == (2, 4, 20) and "regression" not in alone and "tokens" not in alone
