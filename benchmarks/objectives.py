@@ -86,14 +86,14 @@ ROWS = {
     ),
     "spans": Row(
         "masking",
-        masked("text", "image", unit="span", rate=0.3),
+        masked("text", "image", unit="span", rate=0.3, spare=WORDS.spare),
         "hidden spans, with the image",
         "masked_text/accuracy",
         "commonest",
     ),
     "text": Row(
         "masking",
-        masked("text", "image", rate=1.0, unit="modality"),
+        masked("text", "image", unit="modality", rate=1.0, spare=WORDS.spare),
         "a whole text, from the image alone",
         "masked_text/accuracy",
         "commonest",
