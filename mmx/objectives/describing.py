@@ -111,17 +111,22 @@ class Captioning(Objective):
         if GROUP in fields:
             asked &= fields[GROUP][:, 1:] < 0
         labels, settings = ids[:, 1:], {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-        scored = outputs[0].scored[self._head]
         if self.chunks == 1:
-            logits = scored.logits[:, : labels.shape[1]]  # (B, L - 1, V)
-            losses, best = cross_entropy(logits, labels, **settings), logits.argmax(-1)
+            logits = outputs[0].logits[self._head][:, : labels.shape[1]]  # (B, L - 1, V)
+            vocab, losses, best = logits.shape[-1], cross_entropy(logits, labels, **settings), logits.argmax(-1)
         else:
-            bias = 0 if scored.bias is None else scored.bias
-            states = scored.states[:, : labels.shape[1]]
+            scored = outputs[0].scored.get(self._head)
+            if scored is None:
+                raise InputError(f"chunks={self.chunks}: head {self._head!r} scores all tokens at once; set chunks=1")
+            bias, states, vocab = (
+                0 if scored.bias is None else scored.bias,
+                scored.states[:, : labels.shape[1]],
+                len(scored.matrix),
+            )
             losses, best = chunked_cross_entropy(
                 states, lambda x: product("bld,vd->blv", x, scored.matrix) + bias, labels, self.chunks, **settings
             )
-        wrong = (labels < 0) | (labels >= scored.matrix.shape[0])
+        wrong = (labels < 0) | (labels >= vocab)
         losses = jnp.where(asked, jnp.where(wrong, jnp.nan, losses), 0)
         return {"loss": losses.sum(-1), "right": ((best == labels) & asked).sum(-1), "tokens": asked.sum(-1)}
 

@@ -19,7 +19,7 @@ from mmx.modalities.masking import WORDS, modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives import masks as units
 from mmx.objectives.masks import Unit
-from mmx.objectives.objective import Context, Objective, check_entries, classified, reading, total
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
 from mmx.objectives.views import View
 from mmx.topologies import FUSED, Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
@@ -211,6 +211,7 @@ class MaskedModelling(Objective):
         check_entries((*self.masks, *self.given), model)
         for name, mask in self.masks.items():
             mask.check(name, model)
+            check_head(mask.head_of(name), model)
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self.masks.items() if not m.head}
