@@ -123,10 +123,13 @@ def reconstruction_loss(
 
     With `normalised`, each patch is first brought to mean 0 and variance 1, of its P - 1 degrees of freedom.
     """
-    if normalised:
-        variance = pixels.var(-1, keepdims=True, ddof=1)
-        pixels = (pixels - pixels.mean(-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
+    pixels = normalised_each(pixels) if normalised else pixels
     return masked_mean(jnp.square(predicted - pixels).mean(-1), removed)
+
+
+def normalised_each(x: Float[Array, "... P"]) -> Float[Array, "... P"]:
+    """Each row of numbers with mean 0 and variance 1, of its P - 1 degrees of freedom."""
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
 
 
 def info_nce(
@@ -328,9 +331,14 @@ def grounding_loss(
     return -jnp.where(share > 0, share * jax.nn.log_softmax(scores), 0).sum(-1)
 
 
-def word_region_alignment_loss(distance: Float[Array, "B"], matched: Bool[Array, "B"]) -> Float[Array, ""]:
-    """Brings the tokens of what belongs together near and of what does not apart, by `transport_distance` (UNITER's WRA)."""
-    return jnp.where(matched, distance, -distance).mean()
+def word_region_alignment_loss(
+    distance: Float[Array, "B"], matched: Bool[Array, "B"], mask: Bool[Array, "B"] | None = None
+) -> Float[Array, ""]:
+    """Brings the tokens of what belongs together near and of what does not apart, by `transport_distance` (UNITER's WRA).
+
+    The mean over the pairs that exist, by `mask (B,)`; 0 where there is none.
+    """
+    return masked_mean(jnp.where(matched, distance, -distance), jnp.ones(distance.shape) if mask is None else mask)
 
 
 def cosine_cost(

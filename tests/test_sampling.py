@@ -116,7 +116,7 @@ def test_what_is_remembered_is_saved_and_goes_on(several, tmp_path):
 
 @pytest.mark.slow
 def test_a_trained_model_teaches_another(several, tmp_path):
-    """The teacher's weights travel with the run: it goes on where their folder is gone, and another space is refused."""
+    """Its weights are kept in the state, laid out on the run's own devices; another space is refused."""
     teacher = dataclasses.replace(several, run=str(tmp_path / "teacher"), objectives={"near": Contrastive()}, evaluators={})
     run(dataclasses.replace(teacher, steps=3), devices=jax.devices()[:1])
     student = dataclasses.replace(

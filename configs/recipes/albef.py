@@ -1,5 +1,7 @@
 """ALBEF (arXiv 2107.07651): align before fuse. A momentum teacher and its queue, hard negatives, masked words.
 
+The paper also looks for hard images of a text, and lets the teacher speak of masked words; these are not done here.
+
 python train.py configs/recipes/albef.py
 """
 
@@ -7,12 +9,12 @@ import mmx
 from mmx.modalities import Ids, Patches
 from mmx.objectives import Contrastive, Mask, MaskedModelling, Matching
 from mmx.topologies import Cross, PerStream
-from mmx.train import OptimizerConfig
+from mmx.train import ModelConfig, OptimizerConfig
 
 OBJECTIVES = {
     "contrastive": Contrastive(teacher=0.4, queue=1024),
-    "matching": Matching(negatives="hard"),
-    "words": MaskedModelling(masks={"text": Mask(0.15)}, given=("image",)),
+    "matching": Matching(negatives="hard", stream="text"),
+    "words": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3))}, given=("image",)),
 }
 
 
@@ -22,6 +24,7 @@ def config() -> mmx.Experiment:
     return mmx.Experiment(
         stages=(PerStream({"image": 2, "text": 1}), Cross(1, sublayers="self cross mlp", edges=reads, steps=("text",))),
         modalities={"image": Patches((32, 32), (4, 4)), "text": Ids(1024, 21, mask_token=True)},
+        model=ModelConfig(pool_after=1),
         objectives=OBJECTIVES,
         optimizer=OptimizerConfig(ema=0.995),
         evaluators={"composition": mmx.evaluate.Retrieval(), "held_out": mmx.evaluate.Scores(OBJECTIVES)},

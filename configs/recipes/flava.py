@@ -1,7 +1,7 @@
 """FLAVA (arXiv 2112.04482): each modality alone, both together, matching, and a shared space, in one model.
 
-Pixels stand for the codes of a visual codebook; where the batch has these as an entry, images are
-`Mask(0.4, "block", "classes", target="image/codes", classes=8192)`.
+Pixels stand for the codes of a visual codebook; where a label of the data, `codes`, tells them of each patch, images are
+`Mask(0.4, "block", "classes", target="codes", classes=8192)`.
 
 python train.py configs/recipes/flava.py
 """
@@ -10,7 +10,7 @@ import mmx
 from mmx.modalities import Ids, Patches
 from mmx.objectives import Contrastive, Mask, MaskedModelling, Matching
 
-WORDS, PATCHES = Mask(0.15), Mask(0.4, "block", "normalised")
+WORDS, PATCHES = Mask(0.15, spare=(0, 2, 3)), Mask(0.4, "block", "normalised")
 OBJECTIVES = {
     "contrastive": Contrastive(),
     "matching": Matching(),

@@ -11,7 +11,7 @@ from mmx.modalities import Ids, Patches
 from mmx.objectives import Contrastive, Mask, MaskedModelling, Matching
 
 OBJECTIVES = {
-    "groups": MaskedModelling(masks={"text": Mask(0.15, "span"), "image": Mask(0.15, "block")}, given=()),
+    "groups": MaskedModelling(masks={"text": Mask(0.15, "span", spare=(0, 2, 3)), "image": Mask(0.15, "block")}, given=()),
     "matching": Matching(negatives="hard"),
     "nearness": Contrastive(weight=0.2),
 }

@@ -1,6 +1,6 @@
 """LXMERT (arXiv 1908.07490): words, regions by their features, matching, and answers to questions about the image.
 
-Patches stand for regions; a detector's objects and attributes are further masks,
+Patches stand for regions. What a detector calls them is asked by further objectives,
 `Mask(answer="classes", target=..., classes=1600)`.
 
 python train.py configs/recipes/lxmert.py
@@ -17,7 +17,7 @@ from mmx.train import CheckpointConfig
 
 ANSWERS = tuple(sorted({ask(entry)[1] for entry in read_entries()}))
 OBJECTIVES = {
-    "masked": MaskedModelling(masks={"text": Mask(0.15), "image": Mask(0.15, answer="huber")}, given=()),
+    "masked": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3)), "image": Mask(0.15, answer="huber")}, given=()),
     "matching": Matching(),
     "answers": Classification(("image", "text/question"), "answer", len(ANSWERS)),
 }

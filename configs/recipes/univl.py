@@ -13,10 +13,10 @@ from mmx.topologies import Joint, PerStream
 
 OBJECTIVES = {
     "joint": Contrastive(),
-    "words": MaskedModelling(masks={"text": Mask(0.15)}, given=("image",)),
+    "words": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3))}, given=("image",)),
     "frames": MaskedModelling(masks={"image": Mask(0.15, answer="contrast")}, given=("text",)),
     "alignment": Matching(),
-    "reconstruction": Captioning(given=("image", "text"), masks={"text": Mask(0.5)}, writer="written"),
+    "reconstruction": Captioning(given=("image", "text"), masks={"text": Mask(0.5, spare=(0, 2, 3))}, writer="written"),
 }
 
 

@@ -1,6 +1,6 @@
 """ViLBERT (arXiv 1908.02265): two streams that query each other; words and regions hidden in one pass, and matching.
 
-Patches stand for regions. Where a detector tells distributions of classes (B, L, classes) as an entry of the batch, regions are
+Patches stand for regions. Where a label of the data tells a detector's distributions of classes, regions are
 `Mask(0.15, "region", "distribution", target=..., classes=1601)`.
 
 python train.py configs/recipes/vilbert.py
@@ -14,7 +14,7 @@ from mmx.topologies import Cross, PerStream
 from mmx.train import CheckpointConfig
 
 OBJECTIVES = {
-    "masked": MaskedModelling(masks={"text": Mask(0.15), "image": Mask(0.15, replaced=(0.9, 0.0))}, given=()),
+    "masked": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3)), "image": Mask(0.15, replaced=(0.9, 0.0))}, given=()),
     "matching": Matching(),
 }
 

@@ -14,6 +14,7 @@ Only the forward passes are expensive, and they treat examples one by one. So gr
 objective, also for one that compares all examples with each other: see `mmx.train.accumulate`.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -89,12 +90,13 @@ def forward(
 def total_loss(
     objectives: Mapping[str, Objective], values: Mapping[str, Any], memory: Mapping[str, Any] | None = None
 ) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the losses; each of them is the metric `loss/NAME`."""
-    total, metrics = jnp.float32(0), {}
-    for name, objective in objectives.items():
-        loss, parts = objective.loss(values[name], (memory or {}).get(name))
-        total += objective.weight * loss
-        metrics |= {f"loss/{name}": loss} | parts
+    """The weighted sum of the losses; each is the metric `loss/NAME`. Metrics of one name are told apart as NAME:metric."""
+    found = {name: objective.loss(values[name], (memory or {}).get(name)) for name, objective in objectives.items()}
+    often = collections.Counter(metric for _, parts in found.values() for metric in parts)
+    metrics = {f"loss/{name}": loss for name, (loss, _) in found.items()}
+    for name, (_, parts) in found.items():
+        metrics |= {metric if often[metric] == 1 else f"{name}:{metric}": value for metric, value in parts.items()}
+    total = sum((objectives[name].weight * loss for name, (loss, _) in found.items()), jnp.float32(0))
     return total, metrics | {"loss": total}
 
 

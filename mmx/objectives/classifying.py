@@ -50,7 +50,7 @@ class Classification(Objective):
         return {} if self.head else {self._head: Classifier(self.classes)}
 
     def views(self) -> tuple[View, ...]:
-        return (reading(*self.modalities),)
+        return (reading(*self.modalities, alone=True),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
         name = f"label/{self.label}"

@@ -71,7 +71,8 @@ class Captioning(Objective):
         return f"{self.text}/prefixed-{self.prefix:g}" if self.prefix else self.text
 
     def check(self, model: MultimodalTransformer) -> None:
-        check_entries((self.text, *self.given, *self.masks, self._writer), model)
+        for entries in (self.given, (self.text,), (self._writer,)):
+            check_entries(entries, model)
         check_head(self._head, model)
         if not isinstance(model.modalities[self._writer], Ids):
             kind = type(model.modalities[self._writer]).__name__
@@ -80,6 +81,8 @@ class Captioning(Objective):
             if name not in self.given:
                 raise InputError(f"masks: {name!r} is not among given={self.given}")
             self.masks[name].check(name, model)
+        if self.prefix and getattr(model.modalities[self._writer], "last", False):
+            raise InputError(f"prefix={self.prefix}: last=True puts a token behind the ids, which prefixes do not count")
         if self._writer in map(modality_of, self.given):
             raise InputError(f"{self._writer!r} cannot be given and written at once; set `writer` to a further modality of ids")
 
@@ -95,7 +98,8 @@ class Captioning(Objective):
             there = _mask(fields["ids"], mask)
             share = jax.random.uniform(prefix_key, (len(there),), maxval=self.prefix)
             length = jnp.ceil(share * there.sum(1)).astype(jnp.int32)  # one at least, of which nothing can be asked anyway
-            group = jnp.where(jnp.arange(there.shape[1]) < length[:, None], 0, -1)
+            given = jnp.arange(there.shape[1]) < length[:, None]
+            group = jnp.where(given | (fields.get(GROUP, -1) >= 0), 0, -1)
             batch = {**batch, self._entry: Masked({**fields, GROUP: group}, there)}
         return batch
 

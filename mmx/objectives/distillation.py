@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading
 from mmx.objectives.views import View, run_views
+from mmx.topologies import FUSED
 from mmx.types import Batch, Metrics, Outputs
 
 
@@ -21,7 +23,8 @@ from mmx.types import Batch, Metrics, Outputs
 class Distillation(Objective):
     """What a teacher makes of an example, told by the model from as many or fewer of its modalities.
 
-    The teacher is a trained model, whose weights travel with the run, or the moving average of the model itself.
+    The teacher is a trained model of the same tokenizer, whose weights are kept in the state of the run (its folder has to stay,
+    for it says what they are of), or the moving average of the model itself.
     """
 
     modalities: tuple[str, ...] = ("image",)
@@ -34,7 +37,7 @@ class Distillation(Objective):
     """logits: softened answers of a head; embeddings: vectors in the shared space, by their cosine; pooled: the mean of streams
     that both have, by its cosine."""
     head: str = ""
-    """The head whose logits these are; the model has it by another objective."""
+    """The head of one answer an example whose logits these are; the model has it by another objective."""
     temperature: float = 2.0
     """By which logits are divided."""
 
@@ -61,7 +64,7 @@ class Distillation(Objective):
 
     @property
     def _entry(self) -> str:
-        return f"distillation/{self.what}{self.head}-{'+'.join(self.taught)}"
+        return f"distillation/{self.what}-{zlib.crc32(repr(self).encode()):08x}"
 
     def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
         params = context.memory if self.teacher else context.average
@@ -77,10 +80,11 @@ class Distillation(Objective):
     def _said(self, output: Outputs) -> Any:
         if self.what == "logits":
             return output.logits[self.head]
-        return output.embeddings if self.what == "embeddings" else output.pooled
+        said = output.embeddings if self.what == "embeddings" else output.pooled
+        return {name: x for name, x in said.items() if name in self._both or name == FUSED}
 
     def views(self) -> tuple[View, ...]:
-        return (reading(*self.modalities),)
+        return (reading(*self.modalities, alone=self.what == "logits"),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
         said, taught, streams = self._said(outputs[0]), batch[self._entry], outputs[0].streams

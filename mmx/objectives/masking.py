@@ -1,6 +1,7 @@
 """Masking: what was it that is hidden? Survey 3.4, "masking"."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -9,19 +10,20 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmx.errors import InputError
 from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier, stream_of
-from mmx.losses import info_nce, kl_divergence, regression_loss
+from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss
 from mmx.modalities import Features, Ids
 from mmx.modalities.embedder import HIDDEN, KEPT
-from mmx.modalities.masking import WORDS, modality_of
+from mmx.modalities.masking import WORDS, hide, modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives import masks as units
 from mmx.objectives.masks import Unit
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
 from mmx.objectives.views import View
-from mmx.topologies import FUSED, Sum
+from mmx.topologies import Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
 
 Answer = Literal["content", "normalised", "huber", "contrast", "classes", "distribution"]
@@ -30,7 +32,10 @@ EPS = 1e-12  # of the norm in a head (BERT)
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """How a modality is hidden, and what is asked of what is hidden."""
+    """How a modality is hidden, and what is asked of what is hidden.
+
+    Where tokens overlap (windows of a sound, convolutions over neighbours), those beside a hidden one tell a part of it.
+    """
 
     rate: float = 0.15
     """The share of the tokens that exist (of unit modality: of the examples)."""
@@ -43,14 +48,15 @@ class Mask:
     within a token: MAE); huber (LXMERT); contrast (which of its own tokens it was: CPC, wav2vec 2.0); classes or distribution
     (`target` tells them: visual codes, what a detector saw)."""
     target: str = ""
-    """The entry of the batch with classes (B, L) or distributions (B, L, classes)."""
+    """The name among data.labels of the classes (B, L) or distributions (B, L, classes), which the batch holds as label/NAME."""
     classes: int = 0
     """How many classes there are."""
     mask_id: int | None = None
     """The id that stands for a hidden one ([MASK]); None: the learned mask token of the embedder."""
-    replaced: tuple[float, float] = (0.8, 0.1)
+    replaced: tuple[float, float] | None = None
     """Of the tokens that are asked, the share that is masked and the share that is another id, drawn at random (where they are no
-    ids, these are masked too); the rest stays as it is (BERT, arXiv 1810.04805, 3.1)."""
+    ids, these are masked too); the rest stays as it is. None: (0.8, 0.1) for ids (BERT, arXiv 1810.04805, 3.1), and (1, 0) for
+    all others and for whole modalities."""
     spare: tuple[int, ...] = ()
     """Ids that are never hidden, such as the begin and the end of a text."""
     drop: bool = False
@@ -65,7 +71,7 @@ class Mask:
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1 or (self.drop and self.rate == 1):
             raise InputError(f"mask: rate={self.rate}; it is a share, more than 0 and at most 1 (less than 1 with drop)")
-        if min(self.replaced) < 0 or sum(self.replaced) > 1 + 1e-9:
+        if self.replaced is not None and (min(self.replaced) < 0 or sum(self.replaced) > 1 + 1e-9):
             raise InputError(f"mask: replaced={self.replaced}; these are shares with a sum of at most 1, such as (0.8, 0.1)")
         if (self.answer in ("classes", "distribution")) != bool(self.target and self.classes):
             raise InputError(
@@ -113,6 +119,8 @@ class Mask:
             raise InputError(f"{name}: unit='region' needs the boxes of the regions; give {kind} vectors={{'box': 4}} or more")
         if self.drop and any(isinstance(stage, Sum) for stage in model.stages):
             raise InputError(f"{name}: drop leaves a shorter stream, and summation adds token by token; mask without drop")
+        if getattr(embedder, "last", False):
+            raise InputError(f"{name}: last=True puts a token behind the ids, which masks do not count; set last=False")
         if self.mask_id is not None and not isinstance(embedder, Ids):
             raise InputError(f"{name}: mask_id={self.mask_id} is an id, and {kind} has none; leave it out")
         if isinstance(embedder, Ids) and not 0 <= (self.mask_id or 0) < embedder.vocab:
@@ -133,9 +141,9 @@ class Mask:
         content = embedder.content(raw)
         there = embedder.there(raw)
         there = jnp.ones(content.shape[:2], bool) if there is None else there
-        if content.ndim == 2 and self.spare:
-            there &= ~jnp.isin(content, jnp.asarray(self.spare))
-        hidden = self._draw(draw_key, there, name, batch, fields, embedder)
+        content = hide(content, there) if content.ndim == 3 else content  # what is absent may be no number
+        spared = jnp.isin(content, jnp.asarray(self.spare)) if content.ndim == 2 and self.spare else False
+        hidden = self._draw(draw_key, there & ~jnp.asarray(spared), name, batch, fields, embedder)
         if self.drop:
             left = self._left(there.shape[1], embedder.grid)
             changed = {**fields, KEPT: jnp.sort(jnp.argsort(hidden, 1, stable=True)[:, :left], 1)}
@@ -143,8 +151,18 @@ class Mask:
             changed = self._replace(fields, hidden, content, embedder, kind_key, id_key)
         keep = isinstance(raw, Masked) and raw.keep
         left_over = changed if mask is None else Masked(changed, mask, keep)
-        asked = batch[self.target] if self.target else content
-        return {**batch, entry: left_over, f"{entry}:hidden": hidden, f"{entry}:asked": asked}
+        asked = self._target(name, batch, there.shape) if self.target else content
+        return {**batch, entry: left_over, f"{entry}:hidden": hidden, f"{entry}:asked": asked, f"{entry}:there": there}
+
+    def _target(self, name: str, batch: Batch, shape: tuple[int, ...]) -> jax.Array:
+        title, wanted = f"label/{self.target}", shape if self.answer == "classes" else (*shape, self.classes)
+        if title not in batch:
+            raise InputError(f"{name}: target={self.target!r}, but the batch has no entry {title}; name its field in data.labels")
+        asked = batch[title]
+        whole = jnp.all(asked == jnp.round(asked)) if self.answer == "classes" else None
+        if tuple(asked.shape) != wanted:
+            raise InputError(f"{name}: {title} has shape {tuple(asked.shape)}, and answer={self.answer!r} wants {wanted}")
+        return asked if whole is None else jnp.where(whole, asked, -1).astype(jnp.int32)  # numbers of classes, however stored
 
     def _draw(
         self, key: jax.Array, there: jax.Array, name: str, batch: Batch, fields: Mapping[str, Any], embedder: Any
@@ -163,8 +181,9 @@ class Mask:
 
     def _left(self, length: int, grid: tuple[int, ...]) -> int:
         """How many tokens of each example are left."""
-        at_once = {"tube": grid[0], "frame": math.prod(grid[1:])}.get(self.unit, 1)
-        return length - -(-max(round(self.rate * length), 1) // at_once) * at_once
+        at_once = {"tube": grid[0], "frame": math.prod(grid[1:]), "block": math.prod(grid[:-2])}.get(self.unit, 1)
+        count = max(int(np.round(np.float32(self.rate) * np.float32(length))), 1)  # as `units.wanted` counts
+        return length - -(-count // at_once) * at_once
 
     def _replace(
         self,
@@ -175,7 +194,8 @@ class Mask:
         kind_key: jax.Array,
         id_key: jax.Array,
     ) -> dict[str, Any]:
-        kind, (masked, other) = jax.random.uniform(kind_key, hidden.shape), self.replaced
+        usual = (0.8, 0.1) if isinstance(embedder, Ids) and self.unit != "modality" else (1.0, 0.0)
+        kind, (masked, other) = jax.random.uniform(kind_key, hidden.shape), self.replaced or usual
         first = embedder.reads[0]
         if isinstance(embedder, Ids):
             drawn = jax.random.randint(id_key, content.shape, 0, embedder.vocab, content.dtype)
@@ -231,20 +251,20 @@ class MaskedModelling(Objective):
     def _answers(self, name: str, mask: Mask, output: Outputs, batch: Batch) -> dict[str, jax.Array]:
         entry = mask.entry(name)
         hidden, asked = batch[f"{entry}:hidden"], batch[f"{entry}:asked"]
-        logits = of_tokens(output, modality_of(name), mask.head_of(name), hidden.shape[1])
+        logits = of_tokens(output, modality_of(name), mask.head_of(name), hidden.shape[1], stripped=mask.drop)
         if asked.ndim == 2 or mask.answer == "distribution":
             losses = kl_divergence(logits, asked) if asked.ndim == 3 else classified(logits, asked, hidden)
             right = logits.argmax(-1) == (asked.argmax(-1) if asked.ndim == 3 else asked)
             return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
         asked = asked.astype(jnp.float32)
         if mask.answer == "contrast":
-            own = jax.vmap(lambda queries, keys: info_nce(_unit(queries), _unit(keys), jnp.arange(len(keys)), mask.temperature))
-            there = jnp.arange(hidden.shape[1])
-            best = jnp.einsum("bld,bmd->blm", _unit(logits), _unit(asked)).argmax(-1) == there
-            return {"loss": _sum(own(logits, asked), hidden), "right": _sum(best, hidden), "count": hidden.sum(1)}
-        if mask.answer == "normalised":
-            variance = asked.var(-1, keepdims=True, ddof=1)
-            asked = (asked - asked.mean(-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
+            there, place = batch[f"{entry}:there"], jnp.arange(hidden.shape[1])
+            nce = functools.partial(info_nce, labels=place, temperature=mask.temperature)
+            losses = jax.vmap(lambda said, keys, there: nce(_unit(said), _unit(keys), key_mask=there))(logits, asked, there)
+            scores = jnp.einsum("bld,bmd->blm", _unit(logits), _unit(asked))
+            right = jnp.where(there[:, None], scores, -jnp.inf).argmax(-1) == place
+            return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
+        asked = normalised_each(asked) if mask.answer == "normalised" else asked
         losses = regression_loss(logits, asked, huber=mask.answer == "huber")
         squares = {"error": jnp.square(logits - asked), "first": asked, "second": jnp.square(asked)}
         return {"loss": _sum(losses, hidden), "count": hidden.sum(1)} | {n: _sum(x.mean(-1), hidden) for n, x in squares.items()}
@@ -266,15 +286,15 @@ class MaskedModelling(Objective):
         return jnp.stack(losses).mean(), metrics
 
 
-def of_tokens(output: Outputs, modality: str, head: str, length: int) -> jax.Array:
-    """What a head says of the tokens of a modality alone, `(B, length, n)`, without special ones in front."""
+def of_tokens(output: Outputs, modality: str, head: str, length: int, stripped: bool = False) -> jax.Array:
+    """What a head says of the tokens of a modality alone, `(B, length, n)`; special ones in front are cut off."""
     stream, said = stream_of(output.streams, modality), output.logits[head]
     if stream is None:
         raise InputError(f"head {head!r}: modality {modality!r} has no stream in this batch")
-    special = len(output.streams[stream].special)
-    front = special if said.shape[1] >= length + special else 0
-    if stream != FUSED and said.shape[1] not in (length, length + special):
-        raise InputError(f"head {head!r} answers {said.shape[1]} tokens, and {modality!r} has {length}")
+    tokens = output.streams[stream]
+    front = len(tokens.special) if not stripped and said.shape[1] == tokens.length else 0
+    if said.shape[1] < front + length:
+        raise InputError(f"head {head!r} answers {said.shape[1] - front} tokens, and {modality!r} has {length}")
     return said[:, front : front + length]
 
 

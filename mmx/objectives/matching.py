@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mmx.contrastive import contrastive_loss
 from mmx.errors import InputError, at_least
-from mmx.heads import Classifier, stream_of
+from mmx.heads import Classifier, Pooler, stream_of
 from mmx.losses import (
     LOWEST,
     cross_entropy,
@@ -21,6 +21,7 @@ from mmx.losses import (
     momentum_contrastive_loss,
     similarity,
     transport_distance,
+    word_region_alignment_loss,
 )
 from mmx.modalities.masking import modality_of, present
 from mmx.model import MultimodalTransformer
@@ -57,6 +58,10 @@ class Contrastive(Objective):
             raise InputError(f"kind={self.kind!r}, form={self.form!r}: a teacher or queue wants kind='softmax', form='dense'")
 
     @property
+    def _taught(self) -> str:
+        return "contrastive/teacher-" + "+".join(self.modalities)
+
+    @property
     def _momentum(self) -> bool:
         return bool(self.teacher or self.queue)
 
@@ -78,7 +83,7 @@ class Contrastive(Objective):
         if context.average is None:
             raise InputError("the momentum teacher is the moving average of the model; set optimizer.ema, such as 0.995")
         found = context.embeddings(batch, {modality_of(entry): entry for entry in self.modalities}, context.average)
-        return {**batch, "contrastive/teacher": {n: x for n, x in found.items() if n != "scale"}}
+        return {**batch, self._taught: {n: x for n, x in found.items() if n != "scale"}}
 
     def views(self) -> tuple[View, ...]:
         return tuple(reading(entry) for entry in self.modalities)
@@ -94,7 +99,7 @@ class Contrastive(Objective):
             there[name] = output.streams[stream_of(output.streams, name) or name].present
         rows = next(iter(there.values())).shape
         scalars = {"logit_scale": scale, "logit_bias": outputs[0].logit_bias}
-        taught = {"teacher": batch["contrastive/teacher"]} if self._momentum else {}
+        taught = {"teacher": batch[self._taught]} if self._momentum else {}
         return {"embeddings": embeddings, "present": there, **taught} | {
             n: jnp.broadcast_to(x, rows) for n, x in scalars.items() if x is not None
         }
@@ -104,7 +109,7 @@ class Contrastive(Objective):
         scalars = {name: values[name].mean() for name in ("logit_scale", "logit_bias") if name in values}
         pairs = list(itertools.combinations(map(modality_of, self.modalities), 2))
         if self._momentum:
-            losses = [self._taught(a, b, values, scalars["logit_scale"], memory) for a, b in pairs]
+            losses = [self._with_teacher(a, b, values, scalars["logit_scale"], memory) for a, b in pairs]
             return jnp.stack(losses).mean(), scalars
         losses = [
             contrastive_loss(embeddings[a], embeddings[b], **scalars, mask=there[a] & there[b], form=self.form) for a, b in pairs
@@ -117,7 +122,7 @@ class Contrastive(Objective):
             metrics["contrastive/recall"] = masked_mean(best.astype(jnp.float32), both)
         return jnp.stack(losses).mean(), metrics
 
-    def _taught(self, a: str, b: str, values: Any, scale: jax.Array, memory: Any) -> jax.Array:
+    def _with_teacher(self, a: str, b: str, values: Any, scale: jax.Array, memory: Any) -> jax.Array:
         own, taught, both = values["embeddings"], values["teacher"], values["present"][a] & values["present"][b]
         waiting: dict[str, Any] = memory["queue"] if memory else {}
         here = jnp.concatenate([both, *([waiting["there"]] if waiting else [])])  # (N,)
@@ -140,7 +145,7 @@ class Contrastive(Objective):
     def remember(self, memory: Any, batch: Batch) -> Any:
         if not self.queue:
             return memory
-        new = batch["contrastive/teacher"]
+        new = batch[self._taught]
         there = functools.reduce(jnp.logical_and, [present(batch[entry]) for entry in self.modalities])
         old = memory["queue"]
         return {"queue": {n: jnp.concatenate([x, old[n]])[: self.queue] for n, x in {**new, "there": there}.items()}}
@@ -150,7 +155,7 @@ class Contrastive(Objective):
 class Matching(Objective):
     """Is this text the text of this image? In half of the examples it is that of another one of the batch.
 
-    All modalities are read together, so this is what trains their interaction (ITM: ViLBERT, LXMERT, UNITER). An example
+    All modalities are read together, so this is what trains their interaction (ITM: ViLBERT, LXMERT, UNITER). A pair
     that lacks one of them takes no part.
     """
 
@@ -164,6 +169,8 @@ class Matching(Objective):
     alignment: float = 0.0
     """Weight of the alignment of words and regions: the cheapest transport between the tokens of the first and the last modality
     is to be short where they match, and long where not (UNITER: 0.1)."""
+    stream: str = ""
+    """The modality whose tokens tell, as they leave the last stage; empty: all streams, where the model's poolers read them."""
     head: str = ""
     """A head that the model has already, of two classes, of which the second is: they match; empty: one of its own, matching."""
 
@@ -196,7 +203,8 @@ class Matching(Objective):
             raise InputError("alignment: this topology sums the streams into one; there are no words and regions left to align")
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-        return {} if self.head else {self._head: Classifier(2)}
+        own = Classifier(2, self.stream, pooler=Pooler("mean")) if self.stream else Classifier(2)
+        return {} if self.head else {self._head: own}
 
     def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
         original = batch[self.modalities[-1]]
@@ -225,7 +233,7 @@ class Matching(Objective):
         return hard_negatives(scores, key, present(batch[last]))
 
     def views(self) -> tuple[View, ...]:
-        return (reading(*self.modalities[:-1], self._swapped),)
+        return (reading(*self.modalities[:-1], self._swapped, alone=True),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
         label, output = batch[f"{self._swapped}:label"], outputs[0]
@@ -243,8 +251,7 @@ class Matching(Objective):
         accuracy = masked_mean((logits.argmax(-1) == label).astype(jnp.float32), there)
         loss, metrics = masked_mean(cross_entropy(logits, label), there), {f"{self._head}/accuracy": accuracy}
         if self.alignment:
-            signed = jnp.where(there, jnp.where(label == 1, values["distance"], -values["distance"]), 0)
-            metrics[f"{self._head}/alignment"] = signed.sum() / jnp.maximum(there.sum(), 1)
+            metrics[f"{self._head}/alignment"] = word_region_alignment_loss(values["distance"], label == 1, there)
             loss += self.alignment * metrics[f"{self._head}/alignment"]
         return loss, metrics
 

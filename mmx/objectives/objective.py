@@ -50,8 +50,9 @@ class Context:
     def ask(self, look: Any, batch: Batch) -> Any:
         """`look(batch)`, whose leaves are `(B, ...)`, in as many parts as the step has; no gradient flows back."""
         size = jax.tree.leaves(batch)[0].shape[0]
-        if self.parts > 1 and size % self.parts == 0:
-            split = jax.tree.map(lambda x: x.reshape(-1, self.parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = next(n for n in range(min(self.parts, size), size + 1) if size % n == 0)  # equal ones
+        if parts > 1:
+            split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
             found = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(look, split))
         else:
             found = look(batch)
@@ -102,9 +103,9 @@ class Objective(abc.ABC):
         return memory
 
 
-def reading(*entries: str, causal: Sequence[str] = ()) -> View:
-    """The forward pass in which each entry is read by its modality."""
-    return View(tuple((modality_of(entry), entry) for entry in entries), tuple(causal))
+def reading(*entries: str, alone: bool = False) -> View:
+    """The forward pass in which each entry is read by its modality; `alone`: see `View`."""
+    return View(tuple((modality_of(entry), entry) for entry in entries), alone=alone)
 
 
 def classified(logits: jax.Array, labels: jax.Array, asked: jax.Array, **settings: float) -> jax.Array:
@@ -117,10 +118,13 @@ def classified(logits: jax.Array, labels: jax.Array, asked: jax.Array, **setting
 
 
 def check_entries(entries: Sequence[str], model: MultimodalTransformer) -> None:
-    """Raises an InputError for an entry that no modality of the model reads."""
+    """Raises an InputError for an entry that no modality of the model reads, and for two that one modality would read at once."""
     for entry in entries:
         if modality_of(entry) not in model.modalities:
             raise InputError(unknown("modality", modality_of(entry), model.modalities))
+    read = [modality_of(entry) for entry in entries]
+    if twice := [entry for entry in entries if read.count(modality_of(entry)) > 1]:
+        raise InputError(f"{' and '.join(twice)} would be read by one modality in one pass; give the model a further modality")
 
 
 def check_head(head: str, model: MultimodalTransformer) -> None:

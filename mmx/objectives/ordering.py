@@ -40,7 +40,7 @@ class Ordering(Objective):
     size: int = 1
     """Tokens of a unit, in a row."""
     sentences: str = ""
-    """The entry of the batch with the number of each token's sentence (B, L), from 0; -1: of none. Units are these then."""
+    """The name among data.labels of the number of each token's sentence (B, L), from 0; -1: of none. Units are these then."""
     most: int = 16
     """Sentences of a text at most."""
     head: str = ""
@@ -76,6 +76,10 @@ class Ordering(Objective):
         if embedder.mixes:
             kind = type(embedder).__name__
             raise InputError(f"modality={self.modality!r}: a token of {kind} hears of its neighbours before it can change places")
+        if embedder.special_position or getattr(embedder, "last", False):
+            raise InputError(f"modality={self.modality!r}: special_position and last have places that are not exchanged")
+        if embedder.vectors:
+            raise InputError(f"modality={self.modality!r}: its vectors {', '.join(embedder.vectors)} may tell the place")
         if self._units(embedder) < 2:
             raise InputError(f"modality={self.modality!r}: with size={self.size} it has one unit, which has no order")
         if any(isinstance(stage, Sum) for stage in model.stages) and self.sentences:
@@ -95,7 +99,10 @@ class Ordering(Objective):
         there = embedder.there(raw)
         there = jnp.ones(shape, bool) if there is None else there
         in_runs = jnp.broadcast_to(jnp.arange(shape[1]) // self.size, shape)
-        of = jnp.asarray(batch[self.sentences]) if self.sentences else in_runs
+        title = f"label/{self.sentences}"
+        if self.sentences and (title not in batch or tuple(batch[title].shape) != shape):
+            raise InputError(f"sentences={self.sentences!r}: the batch needs an entry {title} of shape {shape}; see data.labels")
+        of = batch[title].astype(jnp.int32) if self.sentences else in_runs
         there &= of >= 0
         order, moved = _shuffle(key, there, jnp.maximum(of, 0), max(self._units(embedder), 1), self.rate)
         coordinates = {}

@@ -15,6 +15,8 @@ class View:
 
     reads: tuple[tuple[str, str], ...]
     causal: tuple[str, ...] = ()
+    alone: bool = dataclasses.field(default=False, compare=False)
+    """Whether what is asked of it is of the whole example, and not of its tokens: then it is not read off a larger one."""
 
     def contains(self, other: "View") -> bool:
         """Whether `other`, one modality alone, can be read off this view.
@@ -38,9 +40,11 @@ def run_views(
     model: MultimodalTransformer, params: Params, batch: Batch, views: Iterable[View], key: jax.Array | None
 ) -> Mapping[View, Outputs]:
     """Runs every distinct view once; a view that another contains is read off it where the topology keeps streams apart."""
-    wanted = tuple(dict.fromkeys(views))
+    views = tuple(views)
+    wanted, alone = tuple(dict.fromkeys(views)), {v for v in views if v.alone}
     separate = all(stage.separate for stage in model.stages)
-    source = {v: next((w for w in wanted if w != v and separate and w.contains(v)), v) for v in wanted}
+    shared = {v: next((w for w in wanted if w != v and separate and w.contains(v)), v) for v in wanted}
+    source = {v: v if v in alone else w for v, w in shared.items()}
     outputs = {}
     for i, v in enumerate(dict.fromkeys(source.values())):
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, i)}

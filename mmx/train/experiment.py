@@ -13,7 +13,7 @@ import tyro
 
 from mmx import data, evaluate, layers, modalities, objectives, parallel, topologies
 from mmx.data import DataConfig
-from mmx.errors import InputError, at_least, unknown
+from mmx.errors import InputError, at_least, naming, unknown
 from mmx.layers import BlockConfig
 from mmx.layers.relative import Relative
 from mmx.modalities import Ids, Patches
@@ -45,6 +45,10 @@ class ModelConfig(BlockConfig):
     logit_bias: float | None = None
     """First value of what a sigmoid loss adds to similarities (SigLIP: -10); None: there is none."""
 
+    pool_after: int | None = None
+    """Stages that stand before the vectors of the shared space: towers that meet there before they meet in the stages behind
+    (ALBEF, CoCa). None: all stages."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, depth=1, embed=0)
@@ -57,7 +61,9 @@ class ModelConfig(BlockConfig):
     ) -> MultimodalTransformer:
         """Builds the model."""
         block = {field.name: getattr(self, field.name) for field in dataclasses.fields(BlockConfig)}
-        own: dict[str, Any] = {name: getattr(self, name) for name in ("depth", "embed", "logit_scale", "logit_bias")}
+        own: dict[str, Any] = {
+            name: getattr(self, name) for name in ("depth", "embed", "logit_scale", "logit_bias", "pool_after")
+        }
         return build_model(modalities, topology, outputs=outputs, **own, **block)
 
 
@@ -203,7 +209,11 @@ class Experiment:
             if not ratio > 0:
                 raise InputError(f"sampling.{name}={ratio}; it has to be more than 0")
         if self.active_objectives:
-            objectives.check(self.active_objectives, self.build_model())
+            model = self.build_model()
+            objectives.check(self.active_objectives, model)
+            for name, evaluator in self.evaluators.items():
+                with naming(f"evaluators.{name}"):
+                    objectives.check(getattr(evaluator, "objectives", {}), model)
 
     def __hash__(self) -> int:
         """By identity, so that it can be a static argument of jit; its fields hold dicts."""
