@@ -371,8 +371,8 @@ def test_who_keeps_streams_apart_cannot_describe(tiny, labelled):
     [
         (MaskedModelling(masks={"text": Mask(unit="block")}), "needs rows and columns"),
         (MaskedModelling(masks={"text": Mask(answer="normalised")}), "is asked of numbers"),
-        (MaskedModelling(masks={"image": Mask(mask_id=4)}), "mask_id=4 is an id"),
-        (MaskedModelling(masks={"image": Mask(unit="region")}), "needs the boxes"),
+        (MaskedModelling(masks={"image": Mask(mask_id=4)}, given=()), "mask_id=4 is an id"),
+        (MaskedModelling(masks={"image": Mask(unit="region")}, given=()), "needs the boxes"),
         (MaskedModelling(masks={"sound": Mask()}), "unknown modality 'sound'"),
         (Captioning(text="image", given=("text",)), "has no ids"),
         (Captioning(given=("text",)), "cannot be given and written"),
