@@ -69,7 +69,7 @@ def noisy(tiny):
     """A tiny task and its parameters, with dropout, a loss over all pairs in a ring, and one of each example by itself."""
     both = {"contrastive": objectives.Contrastive(form="ring"), "captioning": objectives.Captioning()}
     model = dataclasses.replace(tiny.model, dropout=0.5, depth=1).build(
-        tiny.modalities, "early_concatenation", needed_heads(both)
+        tiny.modalities, "early_concatenation", needed_heads(both, tiny.modalities)
     )
     params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
     return Task(model, both), params

@@ -93,7 +93,10 @@ def run(chosen, model, params, batch):
     return value, metrics, gradient
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+QUICK = ("multi_to_one", "early_summation")  # one that keeps streams apart, one that does not
+
+
+@pytest.mark.parametrize("topology", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES])
 def test_padding_and_what_is_absent_change_no_loss(tiny, labelled, topology):
     """Noise where nothing is; and an example without text, in all objectives at once."""
     chosen = {n: o for n, o in ALL.items() if not (topology == "early_summation" and n in SUMMED)}

@@ -140,7 +140,7 @@ def test_a_text_in_one_piece_gets_a_group_where_another_set_has_parts(own):
 def test_a_model_trains_on_a_mixture(own):
     """The loss of captions is that of the examples that have image and text."""
     (batch,) = first(MIXED, 1)
-    model = mmx.build_model(MODALITIES, "multi_to_one", width=16, depth=2, heads=2, outputs=Captioning().heads())
+    model = mmx.build_model(MODALITIES, "multi_to_one", width=16, depth=2, heads=2, outputs=Captioning().heads(MODALITIES))
     task = Task(model, {"captioning": Captioning()})
     params = jax.jit(model.init)(jax.random.key(0), mmx.example_batch(model))["params"]
     loss = jax.jit(jax.value_and_grad(lambda p, b: task.loss(task.forward(p, b, None))[0]))
