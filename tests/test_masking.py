@@ -441,6 +441,12 @@ def test_padding_is_no_wrong_answer(rng):
     for (value, _), gradient in found:
         np.testing.assert_allclose(value, found[0][0][0], rtol=1e-5)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    whole = {"x": MaskedModelling(masks={"thing": Mask(1.0, answer="contrast")}, given=())}
+    compiled, three = program(whole, model, gradient=False), np.ones((4, 6), bool) & (np.arange(6) < 3)
+    padded, cut = (
+        compiled(params, {"thing": raw})[0][0] for raw in (Masked(features, three), Masked(features[:, :3], three[:, :3]))
+    )
+    np.testing.assert_allclose(padded, cut, rtol=1e-5)  # as if the padding were not there
 
 
 @pytest.mark.parametrize("unit", ["token", "block", "tube", "frame"])
