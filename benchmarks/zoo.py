@@ -30,7 +30,7 @@ import optax
 import mmx
 from mmx.model import abstract_params
 from mmx.parallel import MeshConfig, make_mesh, shardings
-from mmx.train import TrainState, compile_step, train_step
+from mmx.train import Task, TrainState, compile_step, train_step
 from mmx.zoo import build, configuration, save_pretrained
 from mmx.zoo.pretrained import Pretrained
 
@@ -220,31 +220,28 @@ def adamw() -> optax.GradientTransformation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PublishedLoss:
-    """A `mmx.train.Task` whose loss is the one that the published model returns."""
+class PublishedLoss(Task):
+    """A task whose loss is the one that the published model returns."""
 
-    pretrained: Pretrained
-    flags: Mapping[str, bool]
-
-    def corrupt(self, batch: Any, key: jax.Array) -> Any:
-        return batch
+    pretrained: Pretrained = dataclasses.field(kw_only=True)
+    flags: Mapping[str, bool] = dataclasses.field(kw_only=True)
 
     def forward(self, params: Any, batch: Any, key: jax.Array | None) -> Any:
         return self.pretrained.apply(params, **batch, **self.flags)["loss"]
 
-    def loss(self, values: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return values, {"loss": values}
+    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+        return values, {}
 
 
 def our_side(ours: Pretrained, case: Case, batch: Mapping[str, Any], train: bool, dtype: str) -> Callable[[], Any]:
     if not train:
         small = dataclasses.replace(ours, params=jax.tree.map(lambda x: x.astype(dtype), ours.params))
         return lambda: small(**batch)[case.output]
-    optimizer, mesh = adamw(), make_mesh(MeshConfig())
+    optimizer, mesh = adamw(), make_mesh(MeshConfig(), jax.devices()[:1])
     params, zero = jax.tree.map(jnp.array, ours.params), jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, optimizer.init(params), None, jax.random.key(0), zero + 0, zero + 0)
     with jax.set_mesh(mesh):
-        task = PublishedLoss(ours, case.flags)
+        task = PublishedLoss(ours.model, {}, pretrained=ours, flags=case.flags)
         step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=lambda _: ADAMW["lr"])
         shapes = jax.eval_shape(lambda s: s, state)
         layout = shardings(mesh, shapes, params=shapes.params)

@@ -82,7 +82,8 @@ def program(chosen, model, gradient=True):
     def loss(params, batch):
         context = Context(model, params, params, memory)
         prepared = objectives.corrupt(chosen, batch, jax.random.key(3), context)
-        return objectives.total_loss(chosen, objectives.forward(chosen, model, params, prepared, None), memory)
+        total, found = objectives.total_loss(chosen, objectives.forward(chosen, model, params, prepared, None), memory)
+        return total, objectives.flatten_metrics(found)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True) if gradient else lambda *args: (loss(*args), None))
 

@@ -86,6 +86,14 @@ def test_a_step_takes_one_of_those_that_are_sampled(several):
     assert steps_of(experiment, MeshConfig(), 1, 3)[0][2]["loss"] == found[2]["loss"]
 
 
+def test_metrics_of_one_name_are_told_apart_in_every_turn(several):
+    chosen = {"alone": MaskedModelling(given=()), "both": MaskedModelling()}
+    experiment = dataclasses.replace(several, objectives=chosen, sampling={"alone": 1.0, "both": 1.0}, evaluators={})
+    found, _ = steps_of(experiment, MeshConfig(), 1, 8)
+    drawn = [{name for name in ("alone", "both") if not np.isnan(f[f"{name}:masked_text/accuracy"])} for f in found]
+    assert {tuple(names) for names in drawn} == {("alone",), ("both",)} and "masked_text/accuracy" not in found[0]
+
+
 def test_sampling_names_what_there_is(several):
     with pytest.raises(InputError, match=r"sampling: unknown objective 'word'.*words"):
         dataclasses.replace(several, sampling={"word": 1.0})

@@ -88,8 +88,11 @@ class Captions:
         pairs = list(zip(captions, truths, strict=False))
         exact = float(np.mean([caption == truth for caption, truth in pairs]))
         step = max(len(pairs) // self.show, 1)
+        whole = [f"{tokenizer.decode(prompt)} {truth}".strip() for (prompt, _), truth in zip(told, truths, strict=True)]
         lines = [f"{'true':<52}  written"]
-        lines += [f"{truth[:52]:<52}  {caption[:60]}" for caption, truth in pairs[::step][: self.show]]
+        lines += [
+            f"{true[:52]:<52}  {caption[:60]}" for true, caption in list(zip(whole, captions, strict=False))[::step][: self.show]
+        ]
         return Report({"exact": exact}, "\n".join([*lines, f"{exact:.1%} of {len(pairs)} are right to the last word"]))
 
 

@@ -54,6 +54,6 @@ class Scores:
                 values = select(evaluation.params, put_local(batch, evaluation))
             parts.append(jax.tree.map(lambda x, count=len(indices): to_host(x)[:count], values))
         values = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        _, metrics = objectives_.total_loss(chosen, values)
-        found = {name: float(value) for name, value in metrics.items()}
+        total, measured = objectives_.total_loss(chosen, values)
+        found = {name: float(value) for name, value in {**objectives_.flatten_metrics(measured), "loss": total}.items()}
         return Report(found, "\n".join(f"{name:<36} {value:8.3f}" for name, value in found.items()))

@@ -89,15 +89,21 @@ def forward(
 
 def total_loss(
     objectives: Mapping[str, Objective], values: Mapping[str, Any], memory: Mapping[str, Any] | None = None
-) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the losses; each is the metric `loss/NAME`. Metrics of one name are told apart as NAME:metric."""
+) -> tuple[jax.Array, dict[str, Metrics]]:
+    """The weighted sum of the losses; and what each objective measured, its own loss among it."""
     found = {name: objective.loss(values[name], (memory or {}).get(name)) for name, objective in objectives.items()}
-    often = collections.Counter(metric for _, parts in found.values() for metric in parts)
-    metrics = {f"loss/{name}": loss for name, (loss, _) in found.items()}
-    for name, (_, parts) in found.items():
-        metrics |= {metric if often[metric] == 1 else f"{name}:{metric}": value for metric, value in parts.items()}
     total = sum((objectives[name].weight * loss for name, (loss, _) in found.items()), jnp.float32(0))
-    return total, metrics | {"loss": total}
+    return total, {name: {"loss": loss, **metrics} for name, (loss, metrics) in found.items()}
+
+
+def flatten_metrics(found: Mapping[str, Metrics]) -> Metrics:
+    """What objectives measured, as it is logged: `loss/NAME`, and each metric by its name, NAME:metric where several have one."""
+    often = collections.Counter(metric for metrics in found.values() for metric in metrics)
+    flat = {f"loss/{name}": metrics["loss"] for name, metrics in found.items()}
+    for name, metrics in found.items():
+        others = {metric: value for metric, value in metrics.items() if metric != "loss"}
+        flat |= {metric if often[metric] == 1 else f"{name}:{metric}": value for metric, value in others.items()}
+    return flat
 
 
 def remember(objectives: Mapping[str, Objective], memory: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
@@ -120,6 +126,7 @@ __all__ = [
     "check",
     "check_reached",
     "corrupt",
+    "flatten_metrics",
     "forward",
     "memories",
     "needed_heads",

@@ -26,15 +26,15 @@ import jax.numpy as jnp
 from mmx.errors import InputError
 from mmx.parallel import constrain
 from mmx.parallel.mesh import batch_parts
-from mmx.types import Batch, Metrics, Params
+from mmx.types import Batch, Params
 
 Forward = Callable[[Params, Batch, jax.Array], Any]  # (params, batch, key) -> values, every leaf (B, ...)
-Loss = Callable[[Any], tuple[jax.Array, Metrics]]  # values -> loss, metrics
+Loss = Callable[[Any], tuple[jax.Array, Any]]  # values -> loss, metrics
 
 
 def value_and_grad(
     forward: Forward, loss: Loss, params: Params, batch: Batch, key: jax.Array, parts: int | Sequence[int] = 1
-) -> tuple[tuple[jax.Array, Metrics], Params]:
+) -> tuple[tuple[jax.Array, Any], Params]:
     """Returns `(loss, metrics), gradient` of `loss(forward(params, batch, key))` with the batch in `parts`.
 
     Args:
@@ -59,7 +59,7 @@ def value_and_grad(
     values = jax.tree.map(lambda *x: _merge(x, runs), *found)
     leaves, structure = jax.tree.flatten(values)
 
-    def loss_of(floats: list[jax.Array]) -> tuple[jax.Array, Metrics]:
+    def loss_of(floats: list[jax.Array]) -> tuple[jax.Array, Any]:
         rest = iter(floats)
         return loss(jax.tree.unflatten(structure, [next(rest) if _is_float(x) else x for x in leaves]))
 

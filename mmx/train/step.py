@@ -67,8 +67,8 @@ class Task:
         args = params, batch, jax.random.key(0)
         return 3 * count_flops(run, *args) - 2 * count_flops(prepare, *args)  # what a batch is prepared by has no backward pass
 
-    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the losses, and the metrics."""
+    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, dict[str, Metrics]]:
+        """The weighted sum of the losses, and what each objective measured."""
         return objectives_.total_loss(self.objectives, values, memory)
 
     def remember(self, memory: Any, batch: Batch) -> Any:
@@ -90,7 +90,7 @@ def train_step(
 
     A step whose loss or gradient is not finite moves nothing but the counters.
     """
-    (loss, metrics), grads, memory = _evaluate(state, batch, task, parts)
+    (loss, found), grads, memory = _evaluate(state, batch, task, parts)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -109,7 +109,8 @@ def train_step(
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
     )
     metrics = {
-        **metrics,
+        "loss": loss,
+        **objectives_.flatten_metrics(found),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "skipped": state.skipped,
@@ -120,11 +121,11 @@ def train_step(
 
 def _evaluate(
     state: TrainState, batch: Batch, task: Task, parts: int | tuple[int, ...]
-) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
-    """Loss and metrics, the gradient, and what is remembered. Of objectives that are sampled, a step takes one."""
+) -> tuple[tuple[jax.Array, dict[str, Metrics]], Params, Any]:
+    """Loss and what was measured, the gradient, and what is remembered. Of objectives that are sampled, a step takes one."""
     corrupt_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
 
-    def run(task: Task) -> tuple[tuple[jax.Array, Metrics], Params, Any]:
+    def run(task: Task) -> tuple[tuple[jax.Array, dict[str, Metrics]], Params, Any]:
         context = Context(task.model, state.params, state.ema, state.memory, parts if isinstance(parts, int) else len(parts))
         prepared = task.corrupt(batch, corrupt_key, context)
         loss = functools.partial(task.loss, memory=state.memory)
@@ -135,11 +136,11 @@ def _evaluate(
         return run(task)
     ratios, tasks = zip(*task.choices.values(), strict=True)
     shapes = [jax.eval_shape(functools.partial(run, each))[0][1] for each in tasks]
-    nothing = {name: jnp.full(x.shape, jnp.nan, x.dtype) for metrics in shapes for name, x in metrics.items()}
+    nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), {k: v for shape in shapes for k, v in shape.items()})
 
     def branch(each: Task) -> Any:
-        (loss, metrics), grads, memory = run(each)
-        return (loss, {**nothing, **metrics}), grads, memory  # what no one measured is not a number
+        (loss, found), grads, memory = run(each)
+        return (loss, {**nothing, **found}), grads, memory  # what no one measured is not a number
 
     drawn = jax.random.choice(jax.random.fold_in(corrupt_key, len(tasks)), len(tasks), p=jnp.asarray(ratios) / sum(ratios))
     return jax.lax.switch(drawn, [functools.partial(branch, each) for each in tasks])

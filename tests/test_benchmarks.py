@@ -1,0 +1,39 @@
+"""What benchmarks time is what it is called: at a published model's small size, the step of ours has the published loss."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mmx
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_step_begins_with_the_published_loss():
+    zoo, folder = load("zoo"), Path(__file__).parent / "published" / "CLIPModel"
+    batch = load_file(folder / "inputs.safetensors")
+    step = zoo.our_side(mmx.load_pretrained(folder), zoo.CASES["clip"], batch, True, "float32")
+    first, second = step(), step()
+    np.testing.assert_allclose(first, load_file(folder / "outputs.safetensors")["loss"], rtol=1e-5)
+    assert second < first
+
+
+@pytest.mark.slow
+def test_every_row_of_objectives_can_be_built(tmp_path):
+    """Each is checked against its model and its data, as before training."""
+    objectives = load("objectives")
+    for name, row in objectives.ROWS.items():
+        wanted = objectives.experiment(row, str(tmp_path / name), 200)
+        wanted.build_model()
