@@ -18,6 +18,7 @@ from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS, MLP, AttentionPool, BlockConfig, Stack, make_norm
 from mmx.layers.products import INITIAL, Dense
 from mmx.layers.stack import sow_states
+from mmx.losses import unit_vectors
 from mmx.modalities.masking import unmask
 from mmx.topologies import FUSED
 from mmx.types import Scored, Streams, Tokens
@@ -65,7 +66,7 @@ class Projection(nn.Module):
             x = Dense(self.size, use_bias=self.bias, dtype=self.dtype, name="projection")(x)
         x = x.astype(jnp.float32)
         sow_states(self, x, "features")
-        return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+        return unit_vectors(x)
 
 
 class Pooler(nn.Module):

@@ -163,6 +163,11 @@ def sampled_nce(
 # Matching: what belongs to what
 
 
+def unit_vectors(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """Vectors of length 1, `(..., E) -> (..., E)`; zeros stay zeros."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+
+
 def similarity(a: Float[Array, "N E"], b: Float[Array, "M E"], logit_scale: Scalar = 1.0) -> Float[Array, "N M"]:
     """The scaled dot product of every a with every b, `(N, E), (M, E) -> (N, M)` float32."""
     return logit_scale * jnp.einsum("ie,je->ij", a, b, preferred_element_type=jnp.float32)
@@ -256,20 +261,27 @@ def momentum_contrastive_loss(
     return masked_mean(each, jnp.ones(len(each)) if mask is None else mask)
 
 
-def mil_nce_loss(scores: Float[Array, "N N"], bag: int) -> Float[Array, ""]:
+def mil_nce_loss(scores: Float[Array, "T C"], bag: int = 1, mask: Bool[Array, "T C"] | None = None) -> Float[Array, ""]:
     """A clip belongs to a bag of texts, of which one at least tells of it (MIL-NCE, arXiv 1912.06430, 3.2; as UniVL counts it).
 
-        - log (sum over the bag / (sum over all texts of the clip and over the clips outside the bag of its text)), of e^score
+        - log (sum over the bag / (sum over all texts of the clip, and over clips of other bags and its own texts)), of e^score
 
     Args:
-        scores: of text i and clip j `(N, N)`; bags lie in blocks of `bag` on the diagonal, and the middle clip of each is asked.
-        bag: texts and clips of a bag.
+        scores: of text i and clip j `(T, C)`. Each clip has T / C texts of its own, and they lie in the order of the clips.
+        bag: clips of a bag, which follow each other: 1, or several, whose texts are one bag and of which the middle one is asked
+            (UniVL).
+        mask: which pairs exist; a clip without a text in its bag is not asked. 0 if no clip is.
     """
     scores = scores.astype(jnp.float32)
-    same = jnp.kron(jnp.eye(len(scores) // bag), jnp.ones((bag, bag))) > 0
-    both = jnp.concatenate([scores.T, jnp.where(same, LOWEST, scores)], 1)
-    each = jax.nn.logsumexp(both, 1) - jax.nn.logsumexp(jnp.where(same, scores.T, LOWEST), 1)
-    return each[bag // 2 :: bag].mean()
+    texts, clips = scores.shape
+    same = jnp.arange(texts)[:, None] // (texts // clips * bag) == jnp.arange(clips) // bag  # (T, C)
+    there = jnp.ones(scores.shape, bool) if mask is None else mask
+    inside = jnp.where(same & there, scores, LOWEST).T  # (C, T)
+    outside = jnp.where(~same & there, scores, LOWEST)
+    both = jnp.concatenate([inside, outside.T, outside.reshape(clips, -1)], 1)
+    each = jax.nn.logsumexp(both, 1) - jax.nn.logsumexp(inside, 1)
+    asked = slice(bag // 2, None, bag)
+    return masked_mean(each[asked], (same & there).any(0)[asked])
 
 
 def late_interaction(
@@ -313,6 +325,23 @@ def ranking_loss(positive: Float[Array, "..."], negative: Float[Array, "..."], m
     Whole subtitles and videos in HERO's VSM (arXiv 2005.00200, 3.2.3).
     """
     return jnp.maximum(margin + negative - positive, 0)
+
+
+def batch_ranking_loss(
+    to_text: Float[Array, "B B"], to_image: Float[Array, "B B"], margin: float = 0.1, mask: Bool[Array, "B"] | None = None
+) -> Float[Array, ""]:
+    """`ranking_loss` against every other row of the batch, in both directions, of scores whose diagonal holds the partners.
+
+    Args:
+        to_text: scores of image i and text j `(B, B)`.
+        to_image: scores of text i and image j.
+        margin: by how much a partner is to score more.
+        mask: rows whose two sides both exist `(B,)`; the others are neither partners nor negatives. 0 if there are no two.
+    """
+    mask = jnp.ones(len(to_text), bool) if mask is None else mask
+    pairs = mask[:, None] & mask & ~jnp.eye(len(mask), dtype=bool)
+    each = sum(ranking_loss(jnp.diagonal(scores)[:, None], scores, margin) for scores in (to_text, to_image))
+    return masked_mean(each / 2, pairs)
 
 
 def grounding_loss(

@@ -196,6 +196,25 @@ def test_grounding_and_ranking(rng):
     np.testing.assert_allclose(losses.ranking_loss(np.asarray([1.0, 0.2]), np.asarray([0.5, 0.15])), [0, 0.05], atol=1e-6)
 
 
+def test_every_other_row_is_ranked_below_the_partner(rng):
+    forth, back = rng.standard_normal((2, 4, 4)).astype("f")
+    mask = np.asarray([True, False, True, True])
+    pairs = [(i, j) for i in (0, 2, 3) for j in (0, 2, 3) if i != j]
+    expected = np.mean([max(0, 0.3 + x[i, j] - x[i, i]) for x in (forth, back) for i, j in pairs])
+    np.testing.assert_allclose(losses.batch_ranking_loss(forth, back, 0.3, mask), expected, rtol=1e-5)
+    assert losses.batch_ranking_loss(forth, back, 0.3, np.zeros(4, bool)) == 0
+
+
+def test_a_clip_without_a_text_is_not_asked(rng):
+    scores, mask = rng.standard_normal((6, 3)).astype("f"), np.ones((6, 3), bool)
+    mask[2:4] = False  # both texts of the second clip
+    e = np.where(mask, np.exp(scores), 0)
+    each = [-np.log((own := e[2 * i : 2 * i + 2, i].sum()) / (e[:, i].sum() + e[2 * i : 2 * i + 2].sum() - own)) for i in (0, 2)]
+    np.testing.assert_allclose(losses.mil_nce_loss(scores, mask=mask), np.mean(each), rtol=1e-5)
+    gradient = jax.grad(lambda x: losses.mil_nce_loss(x, mask=mask))(scores)
+    assert np.isfinite(gradient).all() and not np.asarray(gradient)[2:4].any()
+
+
 def test_distillation_reaches_its_teacher_and_gives_it_no_gradient(rng):
     teacher, student = rng.standard_normal((2, 3, 5)).astype("f"), rng.standard_normal((2, 3, 5)).astype("f")
     soft = jax.nn.softmax

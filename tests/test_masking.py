@@ -18,6 +18,7 @@ from mmx.objectives import (
     Context,
     Contrastive,
     Distillation,
+    Grounding,
     Mask,
     MaskedModelling,
     Matching,
@@ -39,6 +40,11 @@ ALL = {
     "hard": Matching(negatives="hard"),
     "aligned": Matching(alignment=0.1),
     "taught": Contrastive(teacher=0.4, queue=12),
+    "tokenwise": Contrastive(tokens=8),
+    "ranked": Contrastive(kind="ranking"),
+    "bags": Contrastive(("image", "text", "text/other"), kind="mil_nce"),
+    "where": Grounding(labels=("patch", "patches")),
+    "answer": Grounding("text", ("image",), ("word",)),
     "order": Ordering(rate=0.5),
     "runs": Ordering("text", ("image",), 0.5, size=3),
     "group": Classification(label="group", classes=3),
@@ -48,7 +54,7 @@ ALL = {
     "language": Captioning(given=()),
     "distilled": Distillation(),
 }
-SUMMED = {"left", "aligned"}  # what summation cannot do
+SUMMED = {"left", "aligned", "tokenwise", "where", "answer"}  # what summation cannot do
 
 
 @pytest.fixture
@@ -57,7 +63,11 @@ def labelled(batch):
     return {
         "image": batch["image"],
         "text": Masked(ids, here & (np.arange(12) < 9)),
+        "text/other": Masked(ids[::-1], here[::-1] & (np.arange(8) != 3)[:, None]),
         "label/group": np.arange(8, dtype=np.int32) % 3,
+        "label/patch": np.arange(-1, 15, 2, dtype=np.int32),
+        "label/patches": np.repeat(np.eye(8, dtype=np.float32), 2, 1) * (np.arange(8) != 4)[:, None],
+        "label/word": np.array([0, 1, 0, 2, -1, 1, 0, 1], np.int32),
         "label/size": np.linspace(-1, 1, 8, dtype=np.float32),
     }
 
@@ -320,7 +330,7 @@ def test_a_queue_keeps_the_last_vectors_and_they_are_negatives(tiny, labelled):
     later, with_queue, _ = step(memory, other)
     _, without, _ = step(objective.memory(model), other)
     assert with_queue > without + 0.1  # more to tell apart
-    np.testing.assert_allclose(later["queue"]["image"][8:], memory["queue"]["image"][:4], atol=1e-6)
+    np.testing.assert_allclose(later["queue"]["vectors"][0][8:], memory["queue"]["vectors"][0][:4], atol=1e-6)
     own, text = (np.asarray(values["embeddings"][n]) for n in ("image", "text"))
     scale = float(values["logit_scale"][0])
 
@@ -329,6 +339,66 @@ def test_a_queue_keeps_the_last_vectors_and_they_are_negatives(tiny, labelled):
         return -((0.4 * believed + 0.6 * np.eye(8)) * jax.nn.log_softmax(scale * a @ b.T)).sum(-1)
 
     np.testing.assert_allclose(alone, (one(own, text) + one(text, own)).mean() / 2, rtol=1e-4)
+
+
+def values_of(objective, model, params, batch):
+    return objectives.forward({"x": objective}, model, params, batch, None)["x"]
+
+
+def test_tokens_meet_one_by_one(tiny, labelled):
+    """Each in a space of its own, begin and padding aside: the score of a pair is the mean of each token's best match."""
+    objective = Contrastive(tokens=8)
+    model, params = make(tiny, {"x": objective})
+    outputs = [model.apply({"params": params}, {name: labelled[name]}) for name in ("image", "text")]
+    sides = []
+    for name, out in zip(("image", "text"), outputs, strict=True):
+        x = np.asarray(out.streams[name].values) @ np.asarray(params[f"heads_tokenwise_{name}"]["classifier"]["kernel"])
+        sides.append(x / np.linalg.norm(x, axis=-1, keepdims=True))
+    there, scale = labelled["text"].mask, float(outputs[0].logit_scale)
+    each = np.einsum("bne,cle->bcnl", *sides)
+    forth = np.stack([each[:, c][..., there[c]].max(-1).mean(-1) for c in range(8)], 1)
+    back = np.stack([each[:, c][..., there[c]].max(1).mean(-1) for c in range(8)])
+    expected = np.mean([-np.diagonal(np.asarray(jax.nn.log_softmax(scale * x))) for x in (forth, back)])
+    loss, metrics = objective.loss(values_of(objective, model, params, labelled))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["contrastive/recall"], (forth.argmax(1) == np.arange(8)).mean(), rtol=1e-6)
+
+
+def test_one_of_a_bag_is_the_partner(tiny, labelled):
+    """MIL-NCE over two texts of each image, one of which one example lacks."""
+    objective = ALL["bags"]
+    model, params = make(tiny, {"x": objective})
+    image, text, other = (
+        np.asarray(model.apply({"params": params}, {name: labelled[entry]}).embeddings[name])
+        for name, entry in (("image", "image"), ("text", "text"), ("text", "text/other"))
+    )
+    e = np.exp(np.stack([image @ text.T, image @ other.T]) * float(model.logit_scale))  # (2, images, texts)
+    e[1, :, 3] = 0  # the fourth has no other text
+    positive = e[:, np.arange(8), np.arange(8)].sum(0)
+    every = e.sum((0, 2)) + e.sum((0, 1)) - positive
+    loss, _ = objective.loss(values_of(objective, model, params, labelled))
+    np.testing.assert_allclose(loss, -np.log(positive / every).mean(), rtol=1e-4)
+
+
+def test_a_place_is_chosen_among_those_that_exist(tiny, labelled):
+    """By its number, and by how surely each is meant; what is not named is not asked, what does not exist is no number."""
+    objective = ALL["where"]
+    model, params = make(tiny, {"x": objective})
+    out = model.apply({"params": params}, {name: labelled[name] for name in ("image", "text")})
+    log = np.asarray(jax.nn.log_softmax(out.logits["ground_patch_patches"], 1))  # (B, 16, 2)
+    number, surely = labelled["label/patch"], labelled["label/patches"]
+    one = [-log[b, number[b], 0] for b in range(8) if number[b] >= 0]
+    two = [-log[b, surely[b] > 0, 1].mean() for b in range(8) if surely[b].any()]
+    loss, metrics = objective.loss(values_of(objective, model, params, labelled))
+    np.testing.assert_allclose(loss, np.mean(one) + np.mean(two), rtol=1e-4)
+    assert len(one) == len(two) == 7 and 0 <= metrics["ground_patch_patches/accuracy"] < 1
+    for wrong in ({"label/patch": np.full(8, 16, np.int32)}, {"label/patches": -surely}):
+        assert np.isnan(objective.loss(values_of(objective, model, params, {**labelled, **wrong}))[0])
+    words = ALL["answer"]
+    model, params = make(tiny, {"x": words})
+    assert np.isnan(words.loss(values_of(words, model, params, {**labelled, "label/word": np.full(8, 11, np.int32)}))[0])
+    with pytest.raises(InputError, match=r"label/word: expected the number of a token \(B,\), or how surely"):
+        values_of(words, model, params, {**labelled, "label/word": np.zeros((8, 3), np.float32)})
 
 
 def test_scores_in_chunks_are_the_same_loss(tiny, labelled):
@@ -380,7 +450,9 @@ def test_who_keeps_streams_apart_cannot_describe(tiny, labelled):
         (MaskedModelling(masks={"sound": Mask()}), "unknown modality 'sound'"),
         (Captioning(text="image", given=("text",)), "has no ids"),
         (Captioning(given=("text",)), "cannot be given and written"),
-        (Contrastive(modalities=("text", "text/question")), "would be read by one modality"),
+        (Matching(modalities=("text", "text/question")), "would be read by one modality"),
+        (Contrastive(("image", "image/b", "text"), "mil_nce"), "mil_nce wants entries of two modalities"),
+        (Grounding("image", ("text",), ("a", "a")), "each once"),
         (MaskedModelling(masks={"text": Mask(head="nothing")}), "'nothing'"),
         (Contrastive(modalities=("image",)), "nothing to compare"),
         (Contrastive(kind="sigmoid"), "logit_bias"),

@@ -13,7 +13,10 @@ import numpy as np
 from mmx.cache import cache_folder
 from mmx.errors import InputError, unknown
 
-BUILT_IN = {"emoji": "mmx.data.builders.emoji:Emoji"}
+BUILT_IN = {
+    "emoji": "mmx.data.builders.emoji:Emoji",
+    "emoji_scenes": "mmx.data.builders.emoji_scenes:EmojiScenes",
+}
 
 
 class DataError(InputError):

@@ -26,10 +26,12 @@ import jax.numpy as jnp
 from mmx.errors import InputError, naming
 from mmx.model import MultimodalTransformer
 from mmx.objectives.classifying import Classification
+from mmx.objectives.contrasting import Contrastive
 from mmx.objectives.describing import Captioning
 from mmx.objectives.distillation import Distillation
+from mmx.objectives.grounding import Grounding
 from mmx.objectives.masking import Mask, MaskedModelling
-from mmx.objectives.matching import Contrastive, Matching
+from mmx.objectives.matching import Matching
 from mmx.objectives.objective import Context, Objective
 from mmx.objectives.ordering import Ordering
 from mmx.objectives.reach import check_reach, prepared
@@ -117,6 +119,7 @@ __all__ = [
     "Context",
     "Contrastive",
     "Distillation",
+    "Grounding",
     "Mask",
     "MaskedModelling",
     "Matching",

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier, stream_of
-from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss
+from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss, unit_vectors
 from mmx.modalities import Features, Ids
 from mmx.modalities.embedder import HIDDEN, KEPT
 from mmx.modalities.masking import WORDS, hide, modality_of
@@ -260,8 +260,10 @@ class MaskedModelling(Objective):
         if mask.answer == "contrast":
             there, place = batch[f"{entry}:there"], jnp.arange(hidden.shape[1])
             nce = functools.partial(info_nce, labels=place, temperature=mask.temperature)
-            losses = jax.vmap(lambda said, keys, there: nce(_unit(said), _unit(keys), key_mask=there))(logits, asked, there)
-            scores = jnp.einsum("bld,bmd->blm", _unit(logits), _unit(asked))
+            losses = jax.vmap(lambda said, keys, there: nce(unit_vectors(said), unit_vectors(keys), key_mask=there))(
+                logits, asked, there
+            )
+            scores = jnp.einsum("bld,bmd->blm", unit_vectors(logits), unit_vectors(asked))
             right = jnp.where(there[:, None], scores, -jnp.inf).argmax(-1) == place
             return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
         asked = normalised_each(asked) if mask.answer == "normalised" else asked
@@ -300,7 +302,3 @@ def of_tokens(output: Outputs, modality: str, head: str, length: int, stripped: 
 
 def _sum(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.where(where, values, 0).sum(1)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))

@@ -35,17 +35,17 @@ class Context:
     memory: Any = None
     parts: int = 1
 
-    def embeddings(self, batch: Batch, entries: Mapping[str, str], params: Params) -> dict[str, Any]:
-        """Each modality's entry of the batch alone into the shared space: `{modality: (B, E)}` and `"scale" (B,)`."""
+    def embeddings(self, batch: Batch, entries: Sequence[str], params: Params) -> dict[str, Any]:
+        """Each entry of the batch alone into the shared space: `{entry: (B, E)}` and `"scale" (B,)`."""
 
         def look(batch: Batch) -> dict[str, Any]:
-            wanted = {name: View(((name, entry),)) for name, entry in entries.items()}
+            wanted = {entry: reading(entry) for entry in entries}
             outputs = run_views(self.model, params, batch, wanted.values(), None)
-            found: dict[str, Any] = {name: outputs[v].embeddings[name] for name, v in wanted.items()}
+            found: dict[str, Any] = {entry: outputs[v].embeddings[modality_of(entry)] for entry, v in wanted.items()}
             scale = next(iter(outputs.values())).logit_scale
             return found if scale is None else {**found, "scale": jnp.broadcast_to(scale, len(next(iter(found.values()))))}
 
-        return self.ask(look, {entry: batch[entry] for entry in entries.values()})
+        return self.ask(look, {entry: batch[entry] for entry in entries})
 
     def ask(self, look: Any, batch: Batch) -> Any:
         """`look(batch)`, whose leaves are `(B, ...)`, in as many parts as the step has; no gradient flows back."""

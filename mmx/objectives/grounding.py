@@ -1,0 +1,96 @@
+"""Grounding: where is what is named? Survey 3.4, "matching"."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx.errors import InputError
+from mmx.heads import TokenClassifier
+from mmx.losses import grounding_loss
+from mmx.modalities.masking import modality_of, present
+from mmx.model import MultimodalTransformer
+from mmx.objectives.masking import of_tokens
+from mmx.objectives.objective import Objective, check_entries, check_head, reading, total
+from mmx.objectives.views import View
+from mmx.types import Batch, Metrics, Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Grounding(Objective):
+    """Which tokens of one modality are meant by the others: a choice among all of them.
+
+    The regions of an image that a phrase names (ViLBERT's referring expressions, MDETR); with two labels, the first and the last
+    frame of the moment that a subtitle belongs to (HERO's VSM, arXiv 2005.00200, 3.2.3), or the ends of an answer in a text.
+    """
+
+    modality: str = "image"
+    """The entry whose tokens are chosen from."""
+    given: tuple[str, ...] = ("text",)
+    """The entries that say which is meant."""
+    labels: tuple[str, ...] = ("region",)
+    """Names among data.labels, each a choice of its own. The batch holds as label/NAME the number of the token (B,), where -1
+    asks nothing; or how surely each token is meant (B, tokens), where all 0, or what is not a number, asks nothing."""
+    head: str = ""
+    """A head that the model has already; empty: one of its own, ground_LABELS."""
+
+    @property
+    def _head(self) -> str:
+        return self.head or "ground_" + "_".join(self.labels)
+
+    def check(self, model: MultimodalTransformer) -> None:
+        check_entries((self.modality, *self.given), model)
+        check_head(self._head, model)
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise InputError(f"labels={self.labels}; name one or more of data.labels, each once")
+        if not all(stage.separate for stage in model.stages):
+            raise InputError("this topology sums the streams into one; there are no tokens left to choose from")
+
+    def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        own = TokenClassifier(len(self.labels), modality_of(self.modality), activation="gelu", norm=1e-12)
+        return {} if self.head else {self._head: own}
+
+    def views(self) -> tuple[View, ...]:
+        return (reading(self.modality, *self.given),)
+
+    def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
+        name = modality_of(self.modality)
+        there = outputs[0].streams[name].without_special.dense_mask  # (B, R)
+        scores = of_tokens(outputs[0], name, self._head, there.shape[1])  # (B, R, labels)
+        given = [present(batch[entry]) for entry in self.given] or [there.any(1)]
+        found = [self._of_label(f"label/{label}", scores[..., i], there, batch) for i, label in enumerate(self.labels)]
+        loss, right, asked = (jnp.stack(x, 1) for x in zip(*found, strict=True))
+        asked &= functools.reduce(jnp.logical_or, given)[:, None]
+        return {"loss": jnp.where(asked, loss, 0), "right": right, "asked": asked}
+
+    def _of_label(self, entry: str, scores: jax.Array, there: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Loss, whether it is right, and whether it was asked, each `(B,)`."""
+        if entry not in batch:
+            raise InputError(f"labels={self.labels}: the batch has no entry {entry}; name its field in data.labels")
+        label = batch[entry]
+        if jnp.issubdtype(label.dtype, jnp.integer) and label.ndim == 1:
+            named = (label[:, None] == jnp.arange(there.shape[1])).astype(jnp.float32)
+            wrong = (label < -1) | (label >= there.shape[1])
+        elif label.shape == there.shape:
+            named = jnp.nan_to_num(label.astype(jnp.float32), nan=0)
+            wrong = (named < 0).any(1)
+        else:
+            form = f"the number of a token (B,), or how surely each is meant {there.shape}"
+            raise InputError(f"{entry}: expected {form}, got {label.dtype} {label.shape}")
+        wrong |= ((named > 0) & ~there).any(1)
+        asked = there.any(1) & ((named > 0).any(1) | wrong)
+        loss = jnp.where(wrong, jnp.nan, grounding_loss(scores, named, there))  # of what is no token: see `classified`
+        best = jnp.where(there, scores, -jnp.inf).argmax(1)
+        return loss, asked & (jnp.take_along_axis(named, best[:, None], 1)[:, 0] > 0), asked
+
+    def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
+        """The sum over the choices; accuracy is how often all of an example are right."""
+        asked = values["asked"]
+        each = values["loss"].sum(0) / jnp.maximum(asked.sum(0), 1)
+        examples = asked.any(1)
+        right = (values["right"] | ~asked).all(1) & examples
+        return each.sum(), {f"{self._head}/accuracy": right.sum() / total(examples)}
