@@ -1,6 +1,8 @@
 """Eight emulated CPU devices, a cache folder of the test session, and a small experiment that everything can train."""
 
+import ctypes
 import dataclasses
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -27,6 +29,15 @@ from mmx.train import CheckpointConfig, Experiment, LogConfig, ModelConfig, Opti
 def pytest_collection_modifyitems(items):
     """Whole processes first: they would keep one worker busy at the end, while the others have nothing to do."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets what was compiled once it is large: the programs of all tests would be several gigabytes in each worker."""
+    memory = Path("/proc/self/statm")
+    if memory.exists() and int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2e9:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or the C library keeps what was freed
 
 
 @pytest.fixture
