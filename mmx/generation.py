@@ -129,17 +129,21 @@ def guided(given: Step, alone: Step, guidance: float) -> Step:
 def write(
     step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding, key: jax.Array, listener: Any = None
 ) -> dict[str, jax.Array]:
-    """Writes `count` ids from the place `start (N,)` on into `ids (N, L)`, greedily or by drawing.
+    """Writes `count` ids from the place `start (N,)` on into `ids (N, L)`, greedily or by drawing; it stops when all have ended.
 
     Returns:
-        `sequences (N, L)`, `logits (N, count, V)` as the step gave them, `scores (N,)`: the log probability of what was written.
+        `sequences (N, L)`, `logits (N, count, V)` as the step gave them, 0 where it was asked no more, and `scores (N,)`: the log
+        probability of what was written.
     """
     rows = jnp.arange(len(ids))
 
-    def one(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids, logits, alive, cache, left, total = carry
+    def goes_on(carry: tuple[Any, ...]) -> jax.Array:
+        i, _, _, alive, *_ = carry
+        return (i < count) & alive.any()
+
+    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, ids, logits, alive, cache, left, total = carry
         place = start + i
-        alive &= place < ids.shape[1]  # where there is room for another one
         scores = decoding.scores(logits, ids, place, i)
         chosen = decoding.choose(scores, jax.random.fold_in(key, i))
         total += jnp.where(alive, jax.nn.log_softmax(scores)[rows, chosen], 0)
@@ -149,12 +153,14 @@ def write(
         ids = ids.at[rows, place].set(new)
         left = left.at[:, i].set(logits)
         logits, cache = step(ids, cache, jnp.minimum(place, ids.shape[1] - 1)[:, None])
-        return ids, logits[:, 0], alive & ~decoding.ends(chosen), cache, left, total
+        alive &= ~decoding.ends(chosen) & (place + 1 < ids.shape[1])  # where there is room for another one
+        return i + 1, ids, logits[:, 0], alive, cache, left, total
 
     logits, cache = first(step, ids, start)
     left = jnp.zeros((len(ids), count, logits.shape[-1]), logits.dtype)
-    carry = ids, logits, jnp.ones(len(ids), bool), cache, left, jnp.zeros(len(ids))
-    ids, _, _, _, left, total = jax.lax.fori_loop(0, count, one, carry)
+    carry = jnp.int32(0), ids, logits, start < ids.shape[1], cache, left, jnp.zeros(len(ids))
+    steps, ids, _, _, _, left, total = jax.lax.while_loop(goes_on, one, carry)
+    ids = jnp.where(jnp.arange(ids.shape[1]) < (start + steps)[:, None], ids, decoding.padding)
     return {"sequences": ids, "logits": left, "scores": total}
 
 
@@ -188,10 +194,15 @@ def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: D
     cache = rows(cache, spread(jnp.arange(size)))
     alive = jnp.where(jnp.arange(beams) == 0, 0.0, LOWEST) + jnp.zeros((size, 1))
     nothing = jnp.full((size, beams), LOWEST)
-    carry = spread(ids), spread(logits), cache, alive, jnp.repeat(ids[:, None], beams, 1), nothing, jnp.zeros(size, bool)
+    every = jnp.repeat(ids[:, None], beams, 1)
+    carry = jnp.int32(0), spread(ids), spread(logits), cache, alive, every, nothing, jnp.zeros(size, bool)
 
-    def one(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids, logits, cache, alive, found, found_scores, done = carry
+    def goes_on(carry: tuple[Any, ...]) -> jax.Array:
+        i, *_, done = carry
+        return (i < count) & ~done.all()
+
+    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, ids, logits, cache, alive, found, found_scores, done = carry
         place = spread(start) + i
         each = decoding.scores(jax.nn.log_softmax(logits.astype(jnp.float32)), ids, place, i)
         vocab = each.shape[-1]
@@ -213,9 +224,9 @@ def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: D
         done |= (found_scores[:, -1] > LOWEST / 2) & (found_scores[:, -1] >= alive[:, 0] / weight)
         cache = rows(cache, (batch * beams + chosen_beam).reshape(-1))
         logits, cache = step(ids, cache, jnp.minimum(place, length - 1)[:, None])
-        return ids, logits[:, 0], cache, alive, found, found_scores, done
+        return i + 1, ids, logits[:, 0], cache, alive, found, found_scores, done
 
-    ids, _, _, alive, found, found_scores, done = jax.lax.fori_loop(0, count, one, carry)
+    _, ids, _, _, alive, found, found_scores, done = jax.lax.while_loop(goes_on, one, carry)
     rest = jnp.where(done[:, None], LOWEST, alive / float(count) ** decoding.length_penalty)
     scores, order = jax.lax.top_k(jnp.concatenate([found_scores, rest], 1), decoding.best)
     sequences = jnp.concatenate([found, ids.reshape(size, beams, length)], 1)[batch, order].reshape(-1, length)
@@ -277,7 +288,7 @@ def generate(
         decoding: how the next id is chosen.
         key: of what is drawn.
         stream: called with the new ids `(B * decoding.best,)` of every step while the program runs, padding for rows that
-            have ended; all was told when `generate` returns. Not with beams, nor inside `jax.jit`.
+            have ended, until all have; all was told when `generate` returns. Not with beams, nor inside `jax.jit`.
     """
     with listening(stream, (params, given, prompt)) as listener:
         return _generate(model, params, given, text, head, length, begin, prompt, decoding, key, listener)
