@@ -30,7 +30,8 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """Returns the floating-point operations of the matrix products and convolutions of `function(*args)`.
 
     2 m n k for a product (m, k) x (k, n). Reads the traced program: a scan counts as often as it runs, a branch as its
-    dearest arm, a loop of which the program does not tell how often it runs once. Arguments may be shapes (`jax.ShapeDtypeStruct`); nothing is computed.
+    dearest arm, a loop of which the program does not tell how often it runs as once. Arguments may be shapes
+    (`jax.ShapeDtypeStruct`); nothing is computed.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
