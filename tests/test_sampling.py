@@ -136,7 +136,16 @@ def test_a_trained_model_teaches_another(several, tmp_path):
     )
     run(student, devices=jax.devices()[:1])
     assert load_agreement(tmp_path / "student") > 0
-    other = dataclasses.replace(student, run=str(tmp_path / "other"), model=dataclasses.replace(several.model, embed=16))
+    other = dataclasses.replace(
+        student, run=str(tmp_path / "other"), data=dataclasses.replace(student.data, split="train[64:128]")
+    )
+    with pytest.raises(InputError, match=r"objectives\.distilled: teacher=.* another tokenizer.*--data\.tokenizer"):
+        run(other, devices=jax.devices()[:1])
+    run(
+        dataclasses.replace(other, data=dataclasses.replace(other.data, tokenizer=str(tmp_path / "teacher" / "tokenizer.json"))),
+        devices=jax.devices()[:1],
+    )
+    other = dataclasses.replace(student, run=str(tmp_path / "third"), model=dataclasses.replace(several.model, embed=16))
     with pytest.raises(InputError, match="spaces of 16 and, of the teacher, 32"):
         run(other, devices=jax.devices()[:1])
 

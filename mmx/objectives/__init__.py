@@ -3,6 +3,7 @@
 An objective is a frozen dataclass of settings. Its parts act in this order:
 
     check(model)                    whether this model can be trained to do it at all
+    check_tokenizer(tokenizer)      whether the ids of texts are those it knows
     heads(modalities)               the heads it needs, {name: head}; the model is built with them
     corrupt(batch, key, context)    over the whole batch: adds masked, swapped or shuffled copies of its entries
     views()                         the forward passes it wants; equal ones of several objectives are run once

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -53,6 +54,14 @@ class Distillation(Objective):
             raise InputError("what='embeddings': the model has no shared space; build it with embed > 0")
         if not self.teacher:
             check_entries(self.taught, model)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        known = None if tokenizer is None or not self.teacher else _load(self.teacher).files.get("tokenizer.json")
+        if known is not None and _rules(known) != _rules(tokenizer.to_json()):
+            raise InputError(
+                f"teacher={self.teacher!r} was trained with another tokenizer, so it would read other words; set "
+                f"--data.tokenizer to its tokenizer.json"
+            )
 
     @property
     def _both(self) -> list[str]:
@@ -115,6 +124,12 @@ class Distillation(Objective):
                 f"what='embeddings': spaces of {model.embed} and, of the teacher, {teacher.embed} numbers; they must be one"
             )
         return jax.device_get(_load(self.teacher).params)  # the run lays it out on its own devices
+
+
+def _rules(tokenizer: str | bytes) -> dict[str, Any]:
+    """What decides which ids a text becomes, of a tokenizer.json."""
+    fields = json.loads(tokenizer)
+    return {name: fields.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
 
 
 @functools.lru_cache(maxsize=2)

@@ -74,6 +74,10 @@ class Objective(abc.ABC):
         """Raises an InputError, before training, for what this model cannot be trained to do, with the reason."""
         return
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises an InputError where texts become other ids (`mmx.data.Tokenizer`; None: there are no texts) than it knows."""
+        return
+
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """The heads it needs; the model is built with them."""
         return {}

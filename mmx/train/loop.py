@@ -83,6 +83,9 @@ def run(experiment: Experiment, started: float | None = None, devices: Sequence[
             evaluator.check(data)
 
     task = Task(experiment.build_model(), experiment.active_objectives, experiment.modality_dropout, experiment.sampling)
+    for name, objective in task.objectives.items():
+        with naming(f"objectives.{name}"):
+            objective.check_tokenizer(data.tokenizer)
     config = experiment.optimizer
     optimizer, schedule = make_optimizer(config, experiment.steps), make_schedule(config, experiment.steps)
     memory = memories(task.objectives, task.model)
