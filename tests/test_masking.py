@@ -246,6 +246,32 @@ def test_anything_can_be_hidden_and_told(embedder, content, rng):
     assert head.shape[-1] == content and np.abs(head).max() > 0
 
 
+def test_a_token_behind_the_ids_is_never_hidden(rng):
+    """The mask token stands where an id was hidden, and all answers are those of the ids."""
+    objective = MaskedModelling(masks={"text": Mask(0.5)}, given=())
+    embedder = {"text": modalities.Ids(20, 6, last=True, mask_token=True)}
+    heads = objectives.needed_heads({"x": objective}, embedder)
+    model = mmx.build_model(embedder, "early_concatenation", width=16, depth=1, heads=2, outputs=heads)
+    objective.check(model)
+    batch = {"text": Masked(rng.integers(0, 19, (4, 6)), np.arange(6) < [[6], [4], [5], [6]])}
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    out = prepared(objective, model, batch)
+    entry = entry_of(objective, "text")
+    masked, hidden = out[entry], np.asarray(out[f"{entry}:hidden"])
+    text = params["modalities_text"]
+    by_hand = text["token"]["embedding"].at[19].set(text["mask_token"])
+    by_hand = {**params, "modalities_text": {**text, "token": {"embedding": by_hand}}}
+    ids = np.where(np.asarray(masked.array["hidden"]) != 0, 19, np.asarray(masked.array["ids"]))
+    a, b = (
+        model.apply({"params": p}, {"text": x}).streams["text"].values
+        for p, x in ((params, masked), (by_hand, Masked(ids, batch["text"].mask)))
+    )
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert a.shape[1] == 7 and hidden.shape == (4, 6)
+    value, metrics, _ = run({"x": objective}, model, params, batch)
+    assert jnp.isfinite(value) and 0 <= metrics["masked_text/accuracy"] <= 1
+
+
 def test_tokens_that_change_places_are_moved_with_their_label(tiny, labelled):
     """The patches themselves are exchanged, positions stay: the model sees the same as in an image cut up by hand."""
     objective = Ordering(given=(), rate=0.5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.layers.products import INITIAL, product
-from mmx.modalities.embedder import PLACE, Embedder
+from mmx.modalities.embedder import HIDDEN, PLACE, Embedder
 from mmx.modalities.masking import token_mask
 from mmx.types import Masked, Tokens
 
@@ -56,6 +56,8 @@ class Ids(Embedder):
             last = self.param("last", INITIAL, (1, self.width)).astype(self.dtype)
             values = jnp.concatenate([values, jnp.broadcast_to(last, (len(ids), *last.shape))], 1)
             mask = None if mask is None else jnp.concatenate([mask, mask.any(-1, keepdims=True)], 1)
+            if HIDDEN in fields:  # which is of ids
+                fields = {**fields, HIDDEN: jnp.pad(fields[HIDDEN], ((0, 0), (0, 1)))}
         return self.fuse(values, mask, fields, (values.shape[1],))
 
     def content(self, raw: Any) -> jax.Array:

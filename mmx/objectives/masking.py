@@ -119,8 +119,8 @@ class Mask:
             raise InputError(f"{name}: unit='region' needs the boxes of the regions; give {kind} vectors={{'box': 4}} or more")
         if self.drop and any(isinstance(stage, Sum) for stage in model.stages):
             raise InputError(f"{name}: drop leaves a shorter stream, and summation adds token by token; mask without drop")
-        if getattr(embedder, "last", False):
-            raise InputError(f"{name}: last=True puts a token behind the ids, which masks do not count; set last=False")
+        if self.drop and getattr(embedder, "last", False):
+            raise InputError(f"{name}: drop leaves those that were kept, and last=True puts a token behind them; set last=False")
         if self.mask_id is not None and not isinstance(embedder, Ids):
             raise InputError(f"{name}: mask_id={self.mask_id} is an id, and {kind} has none; leave it out")
         if isinstance(embedder, Ids) and not 0 <= (self.mask_id or 0) < embedder.vocab:
