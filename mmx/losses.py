@@ -340,8 +340,8 @@ def batch_ranking_loss(
     """
     mask = jnp.ones(len(to_text), bool) if mask is None else mask
     pairs = mask[:, None] & mask & ~jnp.eye(len(mask), dtype=bool)
-    each = sum(ranking_loss(jnp.diagonal(scores)[:, None], scores, margin) for scores in (to_text, to_image))
-    return masked_mean(each / 2, pairs)
+    forth, back = (ranking_loss(jnp.diagonal(scores)[:, None], scores, margin) for scores in (to_text, to_image))
+    return masked_mean((forth + back) / 2, pairs)
 
 
 def grounding_loss(

@@ -37,6 +37,7 @@ ALL = {
     "together": MaskedModelling(masks={"image": Mask(0.4, "frame"), "text": Mask(0.3, "span", mask_id=4)}, given=()),
     "left": MaskedModelling(masks={"image": Mask(0.75, drop=True)}, given=("text",)),
     "modality": MaskedModelling(masks={"text": Mask(0.9, "modality")}),
+    "believed": MaskedModelling(masks={"text": Mask(0.3)}, teacher=0.4),
     "hard": Matching(negatives="hard"),
     "aligned": Matching(alignment=0.1),
     "taught": Contrastive(teacher=0.4, queue=12),
@@ -176,6 +177,10 @@ def test_the_loss_is_the_cross_entropy_of_the_hidden_words(tiny, labelled):
     np.testing.assert_allclose(metrics["masked_text/perplexity"], np.exp(expected), rtol=1e-5)
 
 
+def values_of(objective, model, params, batch):
+    return objectives.forward({"x": objective}, model, params, batch, None)["x"]
+
+
 def test_what_is_hidden_does_not_reach_the_answer(tiny, labelled):
     """Other pixels and other words in the hidden places change no answer, where all of them are masked."""
     masks = {"image": Mask(0.4, replaced=(1, 0)), "text": Mask(0.3, replaced=(1, 0))}
@@ -194,6 +199,33 @@ def test_what_is_hidden_does_not_reach_the_answer(tiny, labelled):
     np.testing.assert_allclose(a["masked_image"], b["masked_image"], atol=1e-5)
     entry = names["image"]
     assert np.abs(np.asarray(both[0][f"{entry}:asked"]) - np.asarray(both[1][f"{entry}:asked"])).max() > 0.5
+
+
+def test_a_teacher_speaks_of_hidden_words(tiny, labelled):
+    """Its share of the loss is the divergence from what the average believes, which is given no gradient."""
+    objective = MaskedModelling(masks={"text": Mask(0.3)}, teacher=0.4)
+    model, params = make(tiny, {"x": objective})
+    average = jax.tree.map(lambda p: 1.3 * p, params)
+
+    def loss(params, average):
+        out = objective.corrupt(labelled, jax.random.key(3), Context(model, params, average))
+        return objective.loss(values_of(objective, model, params, out))[0], out
+
+    (found, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, average)
+    entry = entry_of(objective, "text")
+    said, believed = (
+        np.asarray(
+            jax.nn.log_softmax(model.apply({"params": p}, {"image": out["image"], "text": out[entry]}).logits["masked_text"])
+        )
+        for p in (params, average)
+    )
+    own = -np.take_along_axis(said, np.asarray(labelled["text"].array)[..., None], 2)[..., 0]
+    divergence = (np.exp(believed) * (believed - said)).sum(-1)
+    expected = (0.6 * own + 0.4 * divergence)[np.asarray(out[f"{entry}:hidden"])].mean()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert any(np.any(x) for x in jax.tree.leaves(gradients[0])) and not any(np.any(x) for x in jax.tree.leaves(gradients[1]))
+    with pytest.raises(InputError, match=r"set optimizer\.ema"):
+        objective.corrupt(labelled, jax.random.key(3), Context(model, params))
 
 
 def test_dropped_patches_never_enter(tiny, labelled):
@@ -367,10 +399,6 @@ def test_a_queue_keeps_the_last_vectors_and_they_are_negatives(tiny, labelled):
     np.testing.assert_allclose(alone, (one(own, text) + one(text, own)).mean() / 2, rtol=1e-4)
 
 
-def values_of(objective, model, params, batch):
-    return objectives.forward({"x": objective}, model, params, batch, None)["x"]
-
-
 def test_tokens_meet_one_by_one(tiny, labelled):
     """Each in a space of its own, begin and padding aside: the score of a pair is the mean of each token's best match."""
     objective = Contrastive(tokens=8)
@@ -472,6 +500,7 @@ def test_who_keeps_streams_apart_cannot_describe(tiny, labelled):
         (MaskedModelling(masks={"text": Mask(unit="block")}), "needs rows and columns"),
         (MaskedModelling(masks={"text": Mask(answer="normalised")}), "is asked of numbers"),
         (MaskedModelling(masks={"image": Mask(mask_id=4)}, given=()), "mask_id=4 is an id"),
+        (MaskedModelling(masks={"image": Mask()}, given=(), teacher=0.4), "speaks of ids and classes"),
         (MaskedModelling(masks={"image": Mask(unit="region")}, given=()), "needs the boxes"),
         (MaskedModelling(masks={"sound": Mask()}), "unknown modality 'sound'"),
         (Captioning(text="image", given=("text",)), "has no ids"),

@@ -1,6 +1,5 @@
-"""ALBEF (arXiv 2107.07651): align before fuse. A momentum teacher and its queue, hard negatives, masked words.
-
-The paper also looks for hard images of a text, and lets the teacher speak of masked words; these are not done here.
+"""ALBEF (arXiv 2107.07651): align before fuse. A momentum teacher, its queue and its beliefs of masked words; hard negatives of
+images and of texts.
 
 python train.py configs/recipes/albef.py
 """
@@ -13,8 +12,9 @@ from mmx.train import ModelConfig, OptimizerConfig
 
 OBJECTIVES = {
     "contrastive": Contrastive(teacher=0.4, queue=1024),
-    "matching": Matching(negatives="hard", stream="text"),
-    "words": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3))}, given=("image",)),
+    "hard_texts": Matching(negatives="hard", stream="text"),
+    "hard_images": Matching(("text", "image"), negatives="hard", stream="text"),
+    "words": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3))}, given=("image",), teacher=0.4),
 }
 
 

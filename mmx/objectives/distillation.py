@@ -56,7 +56,9 @@ class Distillation(Objective):
             check_entries(self.taught, model)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        known = None if tokenizer is None or not self.teacher else _load(self.teacher).files.get("tokenizer.json")
+        if not self.teacher or tokenizer is None:
+            return
+        known = _load(self.teacher).files.get("tokenizer.json")
         if known is not None and _rules(known) != _rules(tokenizer.to_json()):
             raise InputError(
                 f"teacher={self.teacher!r} was trained with another tokenizer, so it would read other words; set "

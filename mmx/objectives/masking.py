@@ -22,7 +22,7 @@ from mmx.model import MultimodalTransformer
 from mmx.objectives import masks as units
 from mmx.objectives.masks import Unit
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
-from mmx.objectives.views import View
+from mmx.objectives.views import View, run_views
 from mmx.topologies import Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
 
@@ -224,6 +224,17 @@ class MaskedModelling(Objective):
     """For each entry that is hidden in part, how; the loss is the mean over them."""
     given: tuple[str, ...] = ("image",)
     """Entries that are read with them, whole."""
+    teacher: float = 0.0
+    """Share in the loss of what the moving average of the model believes of hidden ids and classes (ALBEF, arXiv 2107.07651, 3.3:
+    0.4). Its beliefs of all tokens are held at once, (B, L, ids)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.teacher <= 1:
+            raise InputError(f"teacher={self.teacher}; it is a share, 0 to 1")
+
+    @property
+    def _taught(self) -> str:
+        return f"masking/teacher-{zlib.crc32(repr(self).encode()):08x}"
 
     def check(self, model: MultimodalTransformer) -> None:
         if not self.masks:
@@ -232,6 +243,8 @@ class MaskedModelling(Objective):
         for name, mask in self.masks.items():
             mask.check(name, model)
             check_head(mask.head_of(name), model)
+            if self.teacher and not mask.form(model.modalities[modality_of(name)])[1]:
+                raise InputError(f"teacher={self.teacher}: it speaks of ids and classes, and numbers are asked of {name!r}")
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self.masks.items() if not m.head}
@@ -240,7 +253,19 @@ class MaskedModelling(Objective):
         for i, (name, mask) in enumerate(self.masks.items()):
             embedder = context.model.modalities[modality_of(name)]
             batch = mask.apply(name, batch, embedder, jax.random.fold_in(key, i))
-        return batch
+        if not self.teacher:
+            return batch
+        if context.average is None:
+            raise InputError("the momentum teacher is the moving average of the model; set optimizer.ema, such as 0.995")
+        (view,) = self.views()
+        lengths = {name: batch[f"{mask.entry(name)}:hidden"].shape[1] for name, mask in self.masks.items()}
+
+        def look(batch: Batch) -> dict[str, jax.Array]:
+            output = run_views(context.model, context.average, batch, [view], None)[view]
+            logits = {n: of_tokens(output, modality_of(n), self.masks[n].head_of(n), lengths[n]) for n in lengths}
+            return jax.tree.map(jax.nn.softmax, logits)
+
+        return {**batch, self._taught: context.ask(look, {entry: batch[entry] for _, entry in view.reads})}
 
     def views(self) -> tuple[View, ...]:
         return (reading(*self.given, *(mask.entry(name) for name, mask in self.masks.items())),)
@@ -248,12 +273,21 @@ class MaskedModelling(Objective):
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
         return {name: self._answers(name, mask, outputs[0], batch) for name, mask in self.masks.items()}
 
+    def _losses(self, name: str, logits: jax.Array, asked: jax.Array, hidden: jax.Array, batch: Batch) -> jax.Array:
+        """Of each token `(B, L)`, by its class or a distribution over the classes."""
+        if asked.ndim == 3:
+            return kl_divergence(logits, asked)
+        losses = classified(logits, asked, hidden)
+        if not self.teacher:
+            return losses
+        return (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])
+
     def _answers(self, name: str, mask: Mask, output: Outputs, batch: Batch) -> dict[str, jax.Array]:
         entry = mask.entry(name)
         hidden, asked = batch[f"{entry}:hidden"], batch[f"{entry}:asked"]
         logits = of_tokens(output, modality_of(name), mask.head_of(name), hidden.shape[1], stripped=mask.drop)
         if asked.ndim == 2 or mask.answer == "distribution":
-            losses = kl_divergence(logits, asked) if asked.ndim == 3 else classified(logits, asked, hidden)
+            losses = self._losses(name, logits, asked, hidden, batch)
             right = logits.argmax(-1) == (asked.argmax(-1) if asked.ndim == 3 else asked)
             return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
         asked = asked.astype(jnp.float32)
@@ -279,7 +313,7 @@ class MaskedModelling(Objective):
             losses.append(found["loss"].sum() / count)
             if "right" in found:
                 metrics[f"{head}/accuracy"] = found["right"].sum() / count
-            if mask.answer == "content" and "right" in found:
+            if mask.answer == "content" and "right" in found and not self.teacher:
                 metrics[f"{head}/perplexity"] = jnp.exp(losses[-1])
             if "error" in found:  # 0: no better than the mean of all that was hidden
                 mean = found["first"].sum() / count
