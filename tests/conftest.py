@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Forgets what was compiled once it is large: the programs of all tests would be several gigabytes in each worker."""
+    """Forgets what was compiled once it is large. The programs of all tests would be several gigabytes in each worker, in more
+    pieces than Linux gives a process (vm.max_map_count): the compiler then dies, and the worker with it."""
     memory = Path("/proc/self/statm")
     if memory.exists() and int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2e9:
         jax.clear_caches()

@@ -159,9 +159,28 @@ def test_zero_shot_finds_its_classes_in_the_training_split(tiny):
     assert names.metrics["top1"] > 0.9 and names.metrics["top5"] == 1  # but for those that 12 tokens do not tell apart
 
 
+def test_a_class_is_called_what_its_examples_are(tiny):
+    """The mean of the vectors of several names; of two groups, those of the 64 names that are trained on."""
+    at = evaluation(tiny)
+    source = at.data.source("train[:64]")
+    called = {}
+    for i in range(64):
+        called.setdefault(source[i]["group"], set()).add(source[i]["name"])
+    bound = at.model.bind({"params": at.params})
+    each = [mmx.build_zero_shot_classifier(bound, at.data.tokenizer, sorted(names), ["{}"]).mean(1) for names in called.values()]
+    found = mmx.build_zero_shot_classifier(bound, at.data.tokenizer, [sorted(names) for names in called.values()], ["{}"])
+    np.testing.assert_allclose(found.T, unit(np.stack(each)), atol=1e-5)
+    report = ZeroShot(split="train[64:128]", label="group", names="name")(at)
+    told = {group: tuple(sorted(called[group])) for group in sorted(called)}
+    assert report.metrics == ZeroShot(split="train[64:128]", label="group", classes=told)(at).metrics
+    with pytest.raises(InputError, match="class number 1 has no name"):
+        mmx.build_zero_shot_classifier(bound, at.data.tokenizer, ["cat", ()], ["{}"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"names": "nam"}, "names: .*did you mean 'name'"),
         ({"label": "grup"}, "did you mean 'group'"),
         ({"split": "compositon"}, "did you mean 'composition'"),
         ({"query": "imag"}, "did you mean 'image'"),
@@ -179,6 +198,8 @@ def test_a_zero_shot_without_examples_says_so(tiny):
         ZeroShot(split="composition[:4]", classes={"person": "person"})(evaluation(tiny))
     with pytest.raises(InputError, match="write {} where"):
         ZeroShot(templates=("a person",))
+    with pytest.raises(InputError, match="both say what a class is called"):
+        ZeroShot(classes={"person": "person"}, names="name")
 
 
 def test_zero_shot_is_kept_with_the_run(tiny):

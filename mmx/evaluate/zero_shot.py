@@ -27,7 +27,7 @@ SAME = ("{}",)  # the name of a class alone
 def build_zero_shot_classifier(
     model: Any,
     tokenizer: Callable[..., Any] | None,
-    classnames: Sequence[str],
+    classnames: Sequence[str | Sequence[str]],
     templates: Sequence[Template],
     *,
     text: str = "text",
@@ -44,7 +44,7 @@ def build_zero_shot_classifier(
         model: what embeds texts: `mmx.Pretrained`; a model of mmx bound to its parameters; or a function of what the tokenizer
             returns, to `(n, E)`.
         tokenizer: from a list of texts to what the model reads; None: what a `Pretrained` prepares itself.
-        classnames: C of them.
+        classnames: C of them; of a class with several names, all of them.
         templates: format strings, "a photo of a {}.", or functions of a name; their unit vectors are averaged.
         text: the modality that is read, of a model of mmx.
         batch_size: texts that are embedded at a time.
@@ -67,15 +67,19 @@ def build_zero_shot_classifier(
 
 
 def class_vectors(
-    embed: Callable[[list[str]], Any], classnames: Sequence[str], templates: Sequence[Template], batch_size: int
+    embed: Callable[[list[str]], Any], classnames: Sequence[str | Sequence[str]], templates: Sequence[Template], batch_size: int
 ) -> np.ndarray:
     """One unit vector for each class, `(C, E)`, of what `embed` returns for up to `batch_size` texts, `(n, E)`."""
     if not classnames or not templates:
         raise InputError(f"zero shot: {len(classnames)} classes and {len(templates)} templates; give at least one of each")
-    texts = [_said(template, name) for name in classnames for template in templates]
+    names = [(name,) if isinstance(name, str) else tuple(name) for name in classnames]
+    if () in names:
+        raise InputError(f"zero shot: class number {names.index(())} has no name")
+    texts = [_said(template, name) for of_class in names for name in of_class for template in templates]
     found = [np.asarray(embed(texts[i : i + batch_size]), np.float32) for i in range(0, len(texts), batch_size)]
     vectors = _unit(np.concatenate(found))
-    return _unit(vectors.reshape(len(classnames), len(templates), -1).mean(1))
+    ends = np.cumsum([len(of_class) * len(templates) for of_class in names])[:-1]
+    return _unit(np.stack([each.mean(0) for each in np.split(vectors, ends)]))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -153,13 +157,21 @@ class ZeroShot:
     label: str = "group"
     """The field of the data set that says the class. Examples that have none, several, or one that is not among the classes are
     left out."""
-    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What the field says -> what the class is called in a text. Empty: all that the training split says, as it says it."""
+    classes: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """What the field says -> what the class is called in a text, or all that it is called. Empty: all that the training split
+    says, as it says it."""
+    names: str = ""
+    """The field that says what an example is called: a class is called all that its examples in the training split are. Empty:
+    what `classes` says."""
     templates: tuple[str, ...] = SAME
     """The texts about a class, each with {} where its name stands; their vectors are averaged."""
 
     def __post_init__(self) -> None:
         at_least(self, every=0)
+        if self.names and self.classes:
+            raise InputError(
+                f"zero shot: names={self.names!r} and classes both say what a class is called; leave one of them out"
+            )
         if not self.templates:
             raise InputError("zero shot: templates is empty; ('{}',) is the name of the class alone")
         for template in self.templates:
@@ -171,14 +183,18 @@ class ZeroShot:
         if data.tokenizer is None or not isinstance(data.modalities[self.text], Ids):
             raise InputError(f"zero shot: classes are told in words, but {self.text!r} is not read as text")
         source = data.source(self.split)
-        if self.label not in source[0]:
-            raise InputError("zero shot: label: " + unknown(f"field of {source.label}", self.label, source[0]))
+        for name, field in {"label": self.label, "names": self.names or self.label}.items():
+            if field not in source[0]:
+                raise InputError(f"zero shot: {name}: " + unknown(f"field of {source.label}", field, source[0]))
 
     def __call__(self, evaluation: Evaluation) -> Report:
         labels, classes = _labels(evaluation.data, self.split, self.label), dict(self.classes)
         if not classes:
-            known = _labels(evaluation.data, evaluation.data.config.split, self.label)
-            classes = {name: name for name in sorted({*known} - {None})}
+            trained = evaluation.data.config.split
+            known = _labels(evaluation.data, trained, self.label)
+            called = _labels(evaluation.data, trained, self.names) if self.names else known
+            pairs = sorted({pair for pair in zip(known, called, strict=True) if None not in pair})
+            classes = {label: tuple(name for other, name in pairs if other == label) for label, _ in pairs}
         number = {name: i for i, name in enumerate(classes)}
         chosen = np.asarray([i for i, label in enumerate(labels) if label in number], int)
         if not len(chosen):
