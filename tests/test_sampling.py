@@ -14,7 +14,17 @@ from mmx import evaluate, modalities, objectives
 from mmx.data import DataConfig, Label, Pipeline
 from mmx.data.pipeline import put_batch
 from mmx.errors import InputError
-from mmx.objectives import Captioning, Classification, Contrastive, Distillation, Mask, MaskedModelling, Matching, Ordering
+from mmx.objectives import (
+    Captioning,
+    Classification,
+    Contrastive,
+    Distillation,
+    Grounding,
+    Mask,
+    MaskedModelling,
+    Matching,
+    Ordering,
+)
 from mmx.parallel import MeshConfig, batch_sharding, make_mesh
 from mmx.train import Task, compile_step, make_optimizer, make_schedule, make_state, run, train_step
 
@@ -30,6 +40,11 @@ ALL = {
     "tone": Classification(label="tone", classes=5),
     "prefix": Captioning(prefix=0.5, chunks=2),
     "distilled": Distillation(),
+    "tokenwise": Contrastive(tokens=8),
+    "ranked": Contrastive(kind="ranking"),
+    "bags": Contrastive(("image", "text", "text/group"), kind="mil_nce"),
+    "where": Grounding(labels=("tone",)),
+    "believed": MaskedModelling(masks={"text": Mask(0.3)}, teacher=0.4),
 }
 
 
@@ -63,7 +78,8 @@ def steps_of(experiment, mesh_config, devices, count):
 
 @pytest.mark.slow
 def test_every_objective_has_the_losses_of_one_device_on_a_mesh(several):
-    experiment = dataclasses.replace(several, objectives=ALL)
+    fields = {"image": "image", "text": "name", "text/group": "group"}
+    experiment = dataclasses.replace(several, objectives=ALL, data=dataclasses.replace(several.data, fields=fields))
     one, _ = steps_of(experiment, MeshConfig(), 1, 2)
     eight, state = steps_of(experiment, MeshConfig(data=2, fsdp=2, tensor=2), 8, 2)
     for a, b in zip(one, eight, strict=True):
