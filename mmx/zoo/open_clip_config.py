@@ -6,8 +6,28 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The fields of open_clip's text tower."""
+class TowerConfig:
+    """The fields that both towers of open_clip have."""
+
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    ls_init_value: float | None = None
+    final_ln_after_pool: bool = False
+    output_tokens: bool = False
+    act_kwargs: Any = None
+    norm_kwargs: Any = None
+    block_type: str | None = None
+    qk_norm: bool = False
+    scaled_cosine_attn: bool = False
+    scale_heads: bool = False
+    scale_attn_inner: bool = False
+    scale_attn: bool = False
+    scale_fc: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(TowerConfig):
+    """Those of its text tower."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -16,27 +36,13 @@ class TextConfig:
     tokenizer_kwargs: Any = None
     width: int = 512
     heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
-    ls_init_value: float | None = None
     embed_cls: bool = False
     pad_id: int = 0
     eos_id: int = 2
     no_causal_mask: bool = False
-    final_ln_after_pool: bool = False
     pool_type: str = "argmax"
     proj_bias: bool = False
     proj_type: str | None = "linear"
-    output_tokens: bool = False
-    act_kwargs: Any = None
-    norm_kwargs: Any = None
-    block_type: str | None = None
-    qk_norm: bool = False
-    scaled_cosine_attn: bool = False
-    scale_heads: bool = False
-    scale_attn_inner: bool = False
-    scale_attn: bool = False
-    scale_fc: bool = False
     hf_model_name: str | None = None
     hf_model_pretrained: bool = True
     hf_proj_type: str = "mlp"
@@ -44,34 +50,20 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """The fields of open_clip's image tower."""
+class VisionConfig(TowerConfig):
+    """Those of its image tower."""
 
-    layers: int = 12
     width: int = 768
     head_width: int = 64
-    mlp_ratio: float = 4.0
     patch_size: int = 16
     image_size: int | tuple = 224
-    ls_init_value: float | None = None
     patch_dropout: float = 0.0
     attentional_pool: bool | str = False
     attn_pooler_queries: int = 256
     attn_pooler_heads: int = 8
     no_ln_pre: bool = False
     pos_embed_type: str = "learnable"
-    final_ln_after_pool: bool = False
     pool_type: str = "tok"
-    output_tokens: bool = False
-    act_kwargs: Any = None
-    norm_kwargs: Any = None
-    block_type: str | None = None
-    qk_norm: bool = False
-    scaled_cosine_attn: bool = False
-    scale_heads: bool = False
-    scale_attn_inner: bool = False
-    scale_attn: bool = False
-    scale_fc: bool = False
     timm_model_name: str | None = None
     timm_model_pretrained: bool = False
     timm_pool: str = "avg"
