@@ -123,12 +123,13 @@ def reconstruction_loss(
 
     With `normalised`, each patch is first brought to mean 0 and variance 1, of its P - 1 degrees of freedom.
     """
-    pixels = normalised_each(pixels) if normalised else pixels
-    return masked_mean(jnp.square(predicted - pixels).mean(-1), removed)
+    pixels = normalised_each(pixels) if normalised else pixels.astype(jnp.float32)
+    return masked_mean(jnp.square(predicted.astype(jnp.float32) - pixels).mean(-1), removed)
 
 
 def normalised_each(x: Float[Array, "... P"]) -> Float[Array, "... P"]:
     """Each row of numbers with mean 0 and variance 1, of its P - 1 degrees of freedom."""
+    x = x.astype(jnp.float32)
     return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
 
 
@@ -186,7 +187,7 @@ def symmetric_cross_entropy(
     mask = jnp.ones(len(to_text), bool) if mask is None else mask
     each = [
         jax.nn.logsumexp(jnp.where(mask, scores, LOWEST), axis=1) - jnp.diagonal(scores)
-        for scores in (to_text, to_text.T if to_image is None else to_image)
+        for scores in (x.astype(jnp.float32) for x in (to_text, to_text.T if to_image is None else to_image))
     ]
     return masked_mean((each[0] + each[1]) / 2, mask)
 
@@ -324,7 +325,7 @@ def ranking_loss(positive: Float[Array, "..."], negative: Float[Array, "..."], m
 
     Whole subtitles and videos in HERO's VSM (arXiv 2005.00200, 3.2.3).
     """
-    return jnp.maximum(margin + negative - positive, 0)
+    return jnp.maximum(margin + negative.astype(jnp.float32) - positive.astype(jnp.float32), 0)
 
 
 def batch_ranking_loss(
@@ -374,6 +375,7 @@ def cosine_cost(
     text: Float[Array, "B N D"], image: Float[Array, "B M D"], text_mask: Bool[Array, "B N"], image_mask: Bool[Array, "B M"]
 ) -> Float[Array, "B N M"]:
     """1 - cosine of every token of a text and every one of an image, 0 where one of them does not exist: `(B, N, M)`."""
+    text, image = (x.astype(jnp.float32) for x in (text, image))
     text, image = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-5) for x in (text, image))
     return jnp.where(text_mask[:, :, None] & image_mask[:, None, :], 1 - jnp.einsum("bnd,bmd->bnm", text, image), 0)
 

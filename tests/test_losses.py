@@ -1,5 +1,7 @@
-"""Losses: values against NumPy, masks, finite gradients."""
+"""Losses: values against NumPy, masks, gradients against finite differences, float32 inside."""
 
+import functools
+import inspect
 from pathlib import Path
 
 import golden
@@ -234,3 +236,86 @@ def test_distillation_reaches_its_teacher_and_gives_it_no_gradient(rng):
     rows = (weights * (np.log(weights) - np.log(np.asarray(soft(student))))).sum(-1)
     found = losses.attention_distillation_loss(soft(student), weights, np.arange(3) < [[3], [2]])
     np.testing.assert_allclose(found, [rows[0].mean(), rows[1, :2].mean()], rtol=1e-4)
+
+
+B, L, V, D = 6, 4, 7, 5
+MASK = np.arange(L) < np.asarray([4, 3, 2, 4, 1, 4])[:, None]
+ROWS = np.asarray([1, 1, 0, 1, 1, 1], bool)
+LABELS = np.arange(B * L).reshape(B, L) % V
+NAMED = (np.arange(L) == np.asarray([0, 2, 1, 3, 0, 2])[:, None]) * 0.7
+
+
+def soft(rng, *shape):
+    x = np.exp(rng.standard_normal(shape).astype(np.float32))
+    return x / x.sum(-1, keepdims=True)
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def matrix(rng):
+    return normal(rng, D, V)
+
+
+GRADIENTS = {  # name: the loss of what has a gradient, and that, each by its shape
+    "cross_entropy": (lambda x: losses.cross_entropy(x, LABELS, 0.1, 1e-2), [(normal, B, L, V)]),
+    "chunked_cross_entropy": (lambda x, w: losses.chunked_cross_entropy(x, lambda s: jnp.einsum("...d,dv->...v", s, w, preferred_element_type=jnp.float32), LABELS, 3, 0.1, 1e-2)[0], [(normal, B, L, D), (normal, D, V)]),
+    "kl_divergence": (lambda x: losses.kl_divergence(x, soft(np.random.default_rng(7), B, V)), [(normal, B, V)]),
+    "binary_cross_entropy": (losses.binary_cross_entropy, [(normal, B), (soft, B)]),
+    "regression_loss": (functools.partial(losses.regression_loss, huber=True), [(normal, B, D), (normal, B, D)]),
+    "reconstruction_loss": (lambda x, y: losses.reconstruction_loss(x, y, MASK, normalised=True), [(normal, B, L, D), (normal, B, L, D)]),
+    "info_nce": (lambda q, k: losses.info_nce(q, k, np.arange(B) * (np.arange(B) != 2), 0.5, ROWS), [(normal, B, D), (normal, B, D)]),
+    "sampled_nce": (lambda *x: losses.sampled_nce(*x, temperature=0.5), [(normal, B, D), (normal, B, D), (normal, B, 3, D)]),
+    "symmetric_cross_entropy": (lambda a, b: losses.symmetric_cross_entropy(a, b, ROWS), [(normal, B, B), (normal, B, B)]),
+    "clip_loss": (lambda a, b: losses.clip_loss(a, b, 3.0, ROWS), [(unit, B, D), (unit, B, D)]),
+    "sigmoid_loss": (lambda a, b: losses.sigmoid_loss(a, b, 3.0, -1.0, ROWS), [(unit, B, D), (unit, B, D)]),
+    "momentum_contrastive_loss": (lambda a, b: losses.momentum_contrastive_loss(a, b, a[::-1], b[::-1] * 0, 0.0, ROWS), [(normal, B, 9), (normal, B, 9)]),
+    "mil_nce_loss": (lambda s: losses.mil_nce_loss(s, 1, np.repeat(ROWS, 2)[:, None] & ROWS), [(normal, 2 * B, B)]),
+    "late_interaction": (lambda a, b: losses.late_interaction(a, b, MASK, MASK[::-1])[1], [(unit, B, L, 3), (unit, B, L, 3)]),
+    "ranking_loss": (losses.ranking_loss, [(normal, B), (normal, B)]),
+    "batch_ranking_loss": (lambda a, b: losses.batch_ranking_loss(a, b, 0.3, ROWS), [(normal, B, B), (normal, B, B)]),
+    "grounding_loss": (lambda s: losses.grounding_loss(s, NAMED, MASK), [(normal, B, L)]),
+    "word_region_alignment_loss": (lambda d: losses.word_region_alignment_loss(d, ROWS, ROWS | True), [(normal, B)]),
+    "cosine_cost": (lambda a, b: losses.cosine_cost(a, b, MASK, MASK[::-1]), [(normal, B, L, D), (normal, B, L, D)]),
+    "distillation_loss": (lambda s: losses.distillation_loss(s, np.sin(np.arange(V)) + jnp.zeros((B, V)), 2.0), [(normal, B, V)]),
+    "cosine_distance": (losses.cosine_distance, [(normal, B, D), (normal, B, D)]),
+    "attention_distillation_loss": (lambda w: losses.attention_distillation_loss(w, soft(np.random.default_rng(7), B, L, L), MASK), [(soft, B, L, L)]),
+    "normalised_each": (losses.normalised_each, [(normal, B, D)]),
+    "unit_vectors": (losses.unit_vectors, [(normal, B, D)]),
+    "similarity": (lambda a, b: losses.similarity(a, b, 3.0), [(normal, B, D), (normal, B, D)]),
+    "masked_mean": (lambda x: losses.masked_mean(x, ROWS), [(normal, B)]),
+}  # fmt: skip
+OTHERS = {"region_labels", "hard_negatives", "transport_plan", "transport_distance"}  # choices, and a plan that is held fixed
+
+
+def test_every_loss_is_among_them():
+    public = {name for name, f in inspect.getmembers(losses, inspect.isfunction) if f.__module__ == losses.__name__}
+    assert public == {*GRADIENTS, *OTHERS}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_gradient_is_the_finite_difference(rng, name):
+    """Along three directions drawn at random, of the loss and, where it is not a number but many, of their weighted sum."""
+    loss, shapes = GRADIENTS[name]
+    inputs = [make(rng, *shape) for make, *shape in shapes]
+    weights = normal(rng, *jax.eval_shape(loss, *inputs).shape)
+    total = jax.jit(lambda *x: (loss(*x) * weights).sum())
+    slopes = jax.grad(total, argnums=tuple(range(len(inputs))))(*inputs)
+    for _ in range(3):
+        steps = [1e-3 * normal(rng, *x.shape) for x in inputs]
+        up, down = (total(*(x + sign * s for x, s in zip(inputs, steps, strict=True))) for sign in (1, -1))
+        expected = sum(float((g * s).sum()) for g, s in zip(slopes, steps, strict=True))
+        np.testing.assert_allclose((up - down) / 2, expected, rtol=2e-2, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_loss_computes_in_float32(rng, name):
+    """What comes in bfloat16 gives the loss of the same numbers in float32."""
+    loss, shapes = GRADIENTS[name]
+    short = [jnp.asarray(make(rng, *shape), jnp.bfloat16) for make, *shape in shapes]
+    found = loss(*short)
+    assert found.dtype == jnp.float32 or name in ("unit_vectors", "masked_mean")
+    np.testing.assert_allclose(
+        found, loss(*(x.astype(jnp.float32) for x in short)), rtol=1e-2 if name == "unit_vectors" else 1e-5, atol=1e-6
+    )
