@@ -132,7 +132,7 @@ def write(
     """Writes `count` ids from the place `start (N,)` on into `ids (N, L)`, greedily or by drawing; it stops when all have ended.
 
     Returns:
-        `sequences (N, L)`, `logits (N, count, V)` as the step gave them, 0 where it was asked no more, and `scores (N,)`: the log
+        `sequences (N, L)`, `logits (N, count, V)` as the step gave them, 0 behind the last step, and `scores (N,)`: the log
         probability of what was written.
     """
     rows = jnp.arange(len(ids))
@@ -172,7 +172,7 @@ def first(step: Step, ids: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]
 
 
 def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding) -> dict[str, jax.Array]:
-    """Beam search: the likeliest sentences of at most `count` ids behind each prompt.
+    """Beam search: the likeliest sentences of at most `count` ids behind each prompt, as far as there is room.
 
     In every step each of K beams is followed by its likeliest ids; those that end are found sentences, the best K of the others
     go on. A prompt is done when K sentences are found and no beam is better than the worst of them.
@@ -199,17 +199,18 @@ def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: D
 
     def goes_on(carry: tuple[Any, ...]) -> jax.Array:
         i, *_, done = carry
-        return (i < count) & ~done.all()
+        return (i < count) & (~done & (start + i < length)).any()
 
     def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, ids, logits, cache, alive, found, found_scores, done = carry
+        i, ids, logits, cache, *state = carry
+        alive, found, found_scores, done = state
         place = spread(start) + i
         each = decoding.scores(jax.nn.log_softmax(logits.astype(jnp.float32)), ids, place, i)
         vocab = each.shape[-1]
         total = (alive[:, :, None] + each.reshape(size, beams, vocab)).reshape(size, -1)
         total, best = jax.lax.top_k(total, keep)  # (B, 2 K)
         beam, chosen = best // vocab, best % vocab
-        sentences = ids.reshape(size, beams, length)[batch, beam]
+        before, sentences = ids, ids.reshape(size, beams, length)[batch, beam]
         sentences = jnp.where(
             jnp.arange(length) == (start[:, None] + i)[..., None], chosen[..., None].astype(ids.dtype), sentences
         )
@@ -224,10 +225,15 @@ def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: D
         done |= (found_scores[:, -1] > LOWEST / 2) & (found_scores[:, -1] >= alive[:, 0] / weight)
         cache = rows(cache, (batch * beams + chosen_beam).reshape(-1))
         logits, cache = step(ids, cache, jnp.minimum(place, length - 1)[:, None])
-        return i + 1, ids, logits[:, 0], cache, alive, found, found_scores, done
+        new = ids.reshape(size, beams, length), alive, found, found_scores, done
+        old = before.reshape(size, beams, length), *state
+        room = start + i < length  # a row without any stays as it is
+        ids, *state = (jnp.where(room.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(new, old, strict=True))
+        return i + 1, ids.reshape(-1, length), logits[:, 0], cache, *state
 
     _, ids, _, _, alive, found, found_scores, done = jax.lax.while_loop(goes_on, one, carry)
-    rest = jnp.where(done[:, None], LOWEST, alive / float(count) ** decoding.length_penalty)
+    written = jnp.minimum(count, length - start).astype(jnp.float32)[:, None]
+    rest = jnp.where(done[:, None], LOWEST, alive / jnp.maximum(written, 1) ** decoding.length_penalty)
     scores, order = jax.lax.top_k(jnp.concatenate([found_scores, rest], 1), decoding.best)
     sequences = jnp.concatenate([found, ids.reshape(size, beams, length)], 1)[batch, order].reshape(-1, length)
     return {"sequences": _padded(sequences, jnp.repeat(start, decoding.best), decoding), "scores": scores.reshape(-1)}

@@ -217,6 +217,22 @@ def test_a_search_follows_guided_codes(rng):
         np.testing.assert_array_equal(found[row], every[best])
 
 
+def test_a_search_ends_where_there_is_no_room(rng):
+    """Prompts of other lengths beside a text change nothing of what is found for it."""
+    model, params = build("multi_to_one")
+    sizes, ids = np.asarray([1, 5, 3]), rng.integers(0, 9, (3, 5))
+    decoding = mmx.Decoding(beams=3, best=3, end=(4,), pad=10)
+
+    def search(rows):
+        prompt = mmx.Masked(ids[rows], np.arange(5) < sizes[rows, None])
+        return np.asarray(mmx.generate(model, params, {}, prompt=prompt, length=LENGTH, decoding=decoding))
+
+    together = search(np.arange(3)).reshape(3, 3, LENGTH)
+    for row in range(3):
+        np.testing.assert_array_equal(together[row], search(np.asarray([row])))
+        assert len({tuple(found) for found in together[row].tolist()}) == 3
+
+
 def test_guidance_wants_something_that_is_given():
     _, _, write = draw("multi_to_one")
     prompt = mmx.Masked(np.zeros((2, 1), int), np.ones((2, 1), bool))

@@ -25,7 +25,7 @@ from mmx.objectives import (
     Ordering,
 )
 from mmx.parallel import MeshConfig, make_mesh
-from mmx.topologies import TOPOLOGIES, PerStream
+from mmx.topologies import TOPOLOGIES, Joint, PerStream, Pool
 from mmx.types import Masked
 
 IMAGE = modalities.Patches((32, 32), (8, 8), mask_token=True)
@@ -73,11 +73,11 @@ def labelled(batch):
     }
 
 
-def make(tiny, chosen, topology="multi_to_one", **model):
+def make(tiny, chosen, topology="multi_to_one", image=IMAGE, **model):
     experiment = dataclasses.replace(
         tiny,
         topology=topology,
-        modalities={"image": IMAGE, "text": TEXT},
+        modalities={"image": image, "text": TEXT},
         objectives=chosen,
         model=dataclasses.replace(tiny.model, **model),
     )
@@ -178,6 +178,7 @@ def test_the_loss_is_the_cross_entropy_of_the_hidden_words(tiny, labelled):
 
 
 def values_of(objective, model, params, batch):
+    batch = objective.corrupt(batch, jax.random.key(3), Context(model, params, params))
     return objectives.forward({"x": objective}, model, params, batch, None)["x"]
 
 
@@ -209,7 +210,7 @@ def test_a_teacher_speaks_of_hidden_words(tiny, labelled):
 
     def loss(params, average):
         out = objective.corrupt(labelled, jax.random.key(3), Context(model, params, average))
-        return objective.loss(values_of(objective, model, params, out))[0], out
+        return objective.loss(objectives.forward({"x": objective}, model, params, out, None)["x"])[0], out
 
     (found, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, average)
     entry = entry_of(objective, "text")
@@ -400,13 +401,15 @@ def test_a_queue_keeps_the_last_vectors_and_they_are_negatives(tiny, labelled):
 
 
 def test_tokens_meet_one_by_one(tiny, labelled):
-    """Each in a space of its own, begin and padding aside: the score of a pair is the mean of each token's best match."""
+    """Each by a matrix of its own, learned tokens and padding aside: the score of a pair is the mean of each token's best match."""
     objective = Contrastive(tokens=8)
-    model, params = make(tiny, {"x": objective})
+    model, params = make(tiny, {"x": objective}, image=dataclasses.replace(IMAGE, special=("class", "register")))
     outputs = [model.apply({"params": params}, {name: labelled[name]}) for name in ("image", "text")]
     sides = []
     for name, out in zip(("image", "text"), outputs, strict=True):
-        x = np.asarray(out.streams[name].values) @ np.asarray(params[f"heads_tokenwise_{name}"]["classifier"]["kernel"])
+        x = np.asarray(out.streams[name].without_special.values) @ np.asarray(
+            params[f"heads_tokenwise_{name}"]["classifier"]["kernel"]
+        )
         sides.append(x / np.linalg.norm(x, axis=-1, keepdims=True))
     there, scale = labelled["text"].mask, float(outputs[0].logit_scale)
     each = np.einsum("bne,cle->bcnl", *sides)
@@ -437,9 +440,9 @@ def test_one_of_a_bag_is_the_partner(tiny, labelled):
 def test_a_place_is_chosen_among_those_that_exist(tiny, labelled):
     """By its number, and by how surely each is meant; what is not named is not asked, what does not exist is no number."""
     objective = ALL["where"]
-    model, params = make(tiny, {"x": objective})
+    model, params = make(tiny, {"x": objective}, image=dataclasses.replace(IMAGE, special=("class", "register")))
     out = model.apply({"params": params}, {name: labelled[name] for name in ("image", "text")})
-    log = np.asarray(jax.nn.log_softmax(out.logits["ground_patch_patches"], 1))  # (B, 16, 2)
+    log = np.asarray(jax.nn.log_softmax(out.logits["ground_patch_patches"][:, 2:], 1))  # (B, 16, 2)
     number, surely = labelled["label/patch"], labelled["label/patches"]
     one = [-log[b, number[b], 0] for b in range(8) if number[b] >= 0]
     two = [-log[b, surely[b] > 0, 1].mean() for b in range(8) if surely[b].any()]
@@ -451,8 +454,34 @@ def test_a_place_is_chosen_among_those_that_exist(tiny, labelled):
     words = ALL["answer"]
     model, params = make(tiny, {"x": words})
     assert np.isnan(words.loss(values_of(words, model, params, {**labelled, "label/word": np.full(8, 11, np.int32)}))[0])
-    with pytest.raises(InputError, match=r"label/word: expected the number of a token \(B,\), or how surely"):
+    with pytest.raises(InputError, match=r"label/word: expected the number of a token \(B,\) as an integer, or how .*classes to 12"):
         values_of(words, model, params, {**labelled, "label/word": np.zeros((8, 3), np.float32)})
+    pooled = mmx.build_model(
+        {"image": IMAGE, "text": TEXT},
+        (PerStream(1), Pool("image", 2, 3), Joint(1)),
+        width=32,
+        heads=2,
+        outputs=objective.heads({"image": IMAGE}),
+    )
+    with pytest.raises(InputError, match="of its 16 tokens the stages leave 3"):
+        values_of(
+            objective,
+            pooled,
+            jax.eval_shape(lambda: pooled.init(jax.random.key(0), mmx.example_batch(pooled)))["params"],
+            labelled,
+        )
+
+
+def test_held_out_examples_are_scored_without_a_teacher(tiny, labelled, one_device):
+    """What a teacher says is no measure, for in an evaluation it is the model itself."""
+    chosen = {"words": MaskedModelling(masks={"text": Mask(0.3)}, teacher=0.4), "near": Contrastive(teacher=0.4, queue=12)}
+    plain = {"words": ALL["words"], "near": Contrastive()}
+    mesh, model = make_mesh(MeshConfig(), one_device), make(tiny, chosen)[0]
+    params = jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+    data = Pipeline(tiny.data, {"image": IMAGE, "text": TEXT}, 8)
+    at = Evaluation(model, params, data, mesh, 8, True)
+    found, expected = (Scores(objectives, split="composition[:24]")(at).metrics for objectives in (chosen, plain))
+    assert found == expected and "masked_text/perplexity" in found and "contrastive/recall" in found
 
 
 def test_scores_in_chunks_are_the_same_loss(tiny, labelled):
@@ -508,6 +537,7 @@ def test_who_keeps_streams_apart_cannot_describe(tiny, labelled):
         (Matching(modalities=("text", "text/question")), "would be read by one modality"),
         (Contrastive(("image", "image/b", "text"), "mil_nce"), "mil_nce wants entries of two modalities"),
         (Grounding("image", ("text",), ("a", "a")), "each once"),
+        (Grounding("image", ("text",), ("a",), head="nothing"), "'nothing'"),
         (MaskedModelling(masks={"text": Mask(head="nothing")}), "'nothing'"),
         (Contrastive(modalities=("image",)), "nothing to compare"),
         (Contrastive(kind="sigmoid"), "logit_bias"),

@@ -157,6 +157,10 @@ def test_a_trained_model_teaches_another(several, tmp_path):
     )
     with pytest.raises(InputError, match=r"objectives\.distilled: teacher=.* another tokenizer.*--data\.tokenizer"):
         run(other, devices=jax.devices()[:1])
+    images = dataclasses.replace(
+        other, objectives={"distilled": Distillation(taught=("image",), teacher=str(tmp_path / "teacher"))}
+    )
+    run(dataclasses.replace(images, run=str(tmp_path / "images")), devices=jax.devices()[:1])  # who reads no text, has no words
     run(
         dataclasses.replace(other, data=dataclasses.replace(other.data, tokenizer=str(tmp_path / "teacher" / "tokenizer.json"))),
         devices=jax.devices()[:1],

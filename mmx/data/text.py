@@ -1,6 +1,7 @@
 """Text to ids and back, through the `tokenizers` library."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,6 +116,12 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_file(os.fspath(path)))
         except Exception as error:
             raise InputError(f"{path} is not a usable tokenizer.json: {error}") from error
+
+
+def same_ids(one: str, other: str) -> bool:
+    """Whether two tokenizer.json make the same ids of every text."""
+    rules = [json.loads(tokenizers.Tokenizer.from_str(said).to_str()) for said in (one, other)]
+    return all(rules[0][name] == rules[1][name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
 
 def train_tokenizer(texts: Sequence[str], vocab: int) -> Tokenizer:

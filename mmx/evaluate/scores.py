@@ -1,6 +1,7 @@
 """What a model is trained to do, on examples it has not seen."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ from mmx.objectives import Context, Objective
 class Scores:
     """Losses and metrics of objectives on a held-out split: accuracy, perplexity, what is explained.
 
-    What objectives draw at random, such as which words are hidden, is the same in every evaluation.
+    What objectives draw at random, such as which words are hidden, is the same in every evaluation; momentum teachers are left
+    out.
     """
 
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
@@ -39,7 +41,7 @@ class Scores:
         data.source(self.split)
 
     def __call__(self, evaluation: Evaluation) -> Report:
-        model, chosen = evaluation.model, self.objectives
+        model, chosen = evaluation.model, {name: objective.evaluated() for name, objective in self.objectives.items()}
         objectives_.check(chosen, model)
 
         @jax.jit
@@ -54,6 +56,6 @@ class Scores:
                 values = select(evaluation.params, put_local(batch, evaluation))
             parts.append(jax.tree.map(lambda x, count=len(indices): to_host(x)[:count], values))
         values = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        total, measured = objectives_.total_loss(chosen, values)
+        total, measured = jax.jit(functools.partial(objectives_.total_loss, chosen))(values)
         found = {name: float(value) for name, value in {**objectives_.flatten_metrics(measured), "loss": total}.items()}
         return Report(found, "\n".join(f"{name:<36} {value:8.3f}" for name, value in found.items()))

@@ -193,8 +193,10 @@ class ZeroShot:
             trained = evaluation.data.config.split
             known = _labels(evaluation.data, trained, self.label)
             called = _labels(evaluation.data, trained, self.names) if self.names else known
-            pairs = sorted({pair for pair in zip(known, called, strict=True) if None not in pair})
-            classes = {label: tuple(name for other, name in pairs if other == label) for label, _ in pairs}
+            found: dict[str, list[str]] = {}
+            for label, name in sorted({pair for pair in zip(known, called, strict=True) if all(pair)}):
+                found.setdefault(label, []).append(name)
+            classes.update({label: tuple(names) for label, names in found.items()})
         number = {name: i for i, name in enumerate(classes)}
         chosen = np.asarray([i for i, label in enumerate(labels) if label in number], int)
         if not len(chosen):

@@ -50,8 +50,9 @@ class Contrastive(Objective):
     """How the scores of all pairs are divided over devices: dense (by XLA), gather (each device its rows) or ring (a block at
     a time, for batches whose scores no device can hold); the same number."""
     tokens: int = 0
-    """Size of the space in which tokens are compared: each asks for its best match in the other, and the mean of these is the
-    score of a pair (FILIP: 256); 0: one vector of each."""
+    """Size of a space in which tokens are compared, [BOS] and [EOS] too: each asks for its best match in the other, and the mean
+    of these is the score of a pair (FILIP: 256). It trains no vector of the whole, which retrieval and hard negatives want: list
+    a Contrastive without tokens beside it for those. 0: one vector of each."""
     margin: float = 0.2
     """By how much a partner is to score more, for ranking."""
     teacher: float = 0.0
@@ -115,6 +116,9 @@ class Contrastive(Objective):
             raise InputError("the momentum teacher is the moving average of the model; set optimizer.ema, such as 0.995")
         found = context.embeddings(batch, self.modalities, context.average)
         return {**batch, self._taught: {entry: found[entry] for entry in self.modalities}}
+
+    def evaluated(self) -> Objective:
+        return dataclasses.replace(self, teacher=0.0, queue=0)
 
     def views(self) -> tuple[View, ...]:
         return tuple(reading(entry) for entry in self.modalities)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,8 +9,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mmx.data.text import same_ids
 from mmx.errors import InputError
 from mmx.losses import cosine_distance, distillation_loss, masked_mean
+from mmx.modalities import Ids
 from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading
@@ -58,8 +59,9 @@ class Distillation(Objective):
     def check_tokenizer(self, tokenizer: Any) -> None:
         if not self.teacher or tokenizer is None:
             return
-        known = _load(self.teacher).files.get("tokenizer.json")
-        if known is not None and _rules(known) != _rules(tokenizer.to_json()):
+        teacher = _load(self.teacher)
+        known, reads = teacher.files.get("tokenizer.json"), [teacher.model.modalities[modality_of(e)] for e in self.taught]
+        if known is not None and any(isinstance(m, Ids) for m in reads) and not same_ids(known.decode(), tokenizer.to_json()):
             raise InputError(
                 f"teacher={self.teacher!r} was trained with another tokenizer, so it would read other words; set "
                 f"--data.tokenizer to its tokenizer.json"
@@ -126,12 +128,6 @@ class Distillation(Objective):
                 f"what='embeddings': spaces of {model.embed} and, of the teacher, {teacher.embed} numbers; they must be one"
             )
         return jax.device_get(_load(self.teacher).params)  # the run lays it out on its own devices
-
-
-def _rules(tokenizer: str | bytes) -> dict[str, Any]:
-    """What decides which ids a text becomes, of a tokenizer.json."""
-    fields = json.loads(tokenizer)
-    return {name: fields.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
 
 
 @functools.lru_cache(maxsize=2)

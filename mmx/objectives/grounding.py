@@ -15,7 +15,7 @@ from mmx.losses import grounding_loss
 from mmx.modalities.masking import modality_of, present
 from mmx.model import MultimodalTransformer
 from mmx.objectives.masking import of_tokens
-from mmx.objectives.objective import Objective, check_entries, check_head, reading, total
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading, total
 from mmx.objectives.views import View
 from mmx.types import Batch, Metrics, Outputs
 
@@ -34,7 +34,8 @@ class Grounding(Objective):
     """The entries that say which is meant."""
     labels: tuple[str, ...] = ("region",)
     """Names among data.labels, each a choice of its own. The batch holds as label/NAME the number of the token (B,), where -1
-    asks nothing; or how surely each token is meant (B, tokens), where all 0, or what is not a number, asks nothing."""
+    asks nothing; or how surely each token is meant (B, tokens), where all 0, or what is not a number, asks nothing. Tokens are
+    those that the embedder reads: of a text, [BOS] is number 0."""
     head: str = ""
     """A head that the model has already; empty: one of its own, ground_LABELS."""
 
@@ -49,17 +50,36 @@ class Grounding(Objective):
             raise InputError(f"labels={self.labels}; name one or more of data.labels, each once")
         if not all(stage.separate for stage in model.stages):
             raise InputError("this topology sums the streams into one; there are no tokens left to choose from")
+        head: Any = model.heads[self._head]
+        if not isinstance(head, TokenClassifier) or (head.classes, head.stream) != (len(self.labels), modality_of(self.modality)):
+            raise InputError(
+                f"head={self._head!r} is no TokenClassifier({len(self.labels)}, {modality_of(self.modality)!r}); leave it out"
+            )
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         own = TokenClassifier(len(self.labels), modality_of(self.modality), activation="gelu", norm=1e-12)
         return {} if self.head else {self._head: own}
 
+    @property
+    def _there(self) -> str:
+        return f"{self.modality}:there"
+
+    def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
+        embedder: Any = context.model.modalities[modality_of(self.modality)]
+        there = embedder.there(batch[self.modality])
+        shape = embedder.content(batch[self.modality]).shape[:2]
+        return {**batch, self._there: jnp.ones(shape, bool) if there is None else there}
+
     def views(self) -> tuple[View, ...]:
         return (reading(self.modality, *self.given),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
-        name = modality_of(self.modality)
-        there = outputs[0].streams[name].without_special.dense_mask  # (B, R)
+        name, there = modality_of(self.modality), batch[self._there]  # (B, R)
+        left = outputs[0].streams[name].without_special.length
+        if left not in (there.shape[1], there.shape[1] + 1):  # a learned token may stand behind the others
+            raise InputError(
+                f"modality={self.modality!r}: of its {there.shape[1]} tokens the stages leave {left}; none can be named"
+            )
         scores = of_tokens(outputs[0], name, self._head, there.shape[1])  # (B, R, labels)
         given = [present(batch[entry]) for entry in self.given] or [there.any(1)]
         found = [self._of_label(f"label/{label}", scores[..., i], there, batch) for i, label in enumerate(self.labels)]
@@ -79,8 +99,9 @@ class Grounding(Objective):
             named = jnp.nan_to_num(label.astype(jnp.float32), nan=0)
             wrong = (named < 0).any(1)
         else:
-            form = f"the number of a token (B,), or how surely each is meant {there.shape}"
-            raise InputError(f"{entry}: expected {form}, got {label.dtype} {label.shape}")
+            form = f"the number of a token (B,) as an integer, or how surely each is meant {there.shape}"
+            remedy = f"for numbers of tokens set data.labels.{entry.removeprefix('label/')}.classes to {there.shape[1]}"
+            raise InputError(f"{entry}: expected {form}, got {label.dtype} {label.shape}; {remedy}")
         wrong |= ((named > 0) & ~there).any(1)
         asked = there.any(1) & ((named > 0).any(1) | wrong)
         loss = jnp.where(wrong, jnp.nan, grounding_loss(scores, named, there))  # of what is no token: see `classified`

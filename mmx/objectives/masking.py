@@ -262,10 +262,13 @@ class MaskedModelling(Objective):
 
         def look(batch: Batch) -> dict[str, jax.Array]:
             output = run_views(context.model, context.average, batch, [view], None)[view]
-            logits = {n: of_tokens(output, modality_of(n), self.masks[n].head_of(n), lengths[n]) for n in lengths}
-            return jax.tree.map(jax.nn.softmax, logits)
+            said = {n: of_tokens(output, modality_of(n), m.head_of(n), lengths[n], m.drop) for n, m in self.masks.items()}
+            return jax.tree.map(jax.nn.softmax, said)
 
         return {**batch, self._taught: context.ask(look, {entry: batch[entry] for _, entry in view.reads})}
+
+    def evaluated(self) -> Objective:
+        return dataclasses.replace(self, teacher=0.0)
 
     def views(self) -> tuple[View, ...]:
         return (reading(*self.given, *(mask.entry(name) for name, mask in self.masks.items())),)
@@ -275,9 +278,7 @@ class MaskedModelling(Objective):
 
     def _losses(self, name: str, logits: jax.Array, asked: jax.Array, hidden: jax.Array, batch: Batch) -> jax.Array:
         """Of each token `(B, L)`, by its class or a distribution over the classes."""
-        if asked.ndim == 3:
-            return kl_divergence(logits, asked)
-        losses = classified(logits, asked, hidden)
+        losses = kl_divergence(logits, asked) if asked.ndim == 3 else classified(logits, asked, hidden)
         if not self.teacher:
             return losses
         return (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])

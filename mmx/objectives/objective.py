@@ -98,6 +98,10 @@ class Objective(abc.ABC):
     def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
         """The loss of the whole batch, a scalar, and metrics."""
 
+    def evaluated(self) -> "Objective":
+        """What is asked of held-out examples: without that which only training has, such as a momentum teacher."""
+        return self
+
     def memory(self, model: MultimodalTransformer) -> Any:
         """What it remembers from step to step, at the beginning: a tree of arrays, part of the training state."""
         return None
