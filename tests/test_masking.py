@@ -454,7 +454,9 @@ def test_a_place_is_chosen_among_those_that_exist(tiny, labelled):
     words = ALL["answer"]
     model, params = make(tiny, {"x": words})
     assert np.isnan(words.loss(values_of(words, model, params, {**labelled, "label/word": np.full(8, 11, np.int32)}))[0])
-    with pytest.raises(InputError, match=r"label/word: expected the number of a token \(B,\) as an integer, or how .*classes to 12"):
+    with pytest.raises(
+        InputError, match=r"label/word: expected the number of a token \(B,\) as an integer, or how .*classes to 12"
+    ):
         values_of(words, model, params, {**labelled, "label/word": np.zeros((8, 3), np.float32)})
     pooled = mmx.build_model(
         {"image": IMAGE, "text": TEXT},
@@ -464,11 +466,8 @@ def test_a_place_is_chosen_among_those_that_exist(tiny, labelled):
         outputs=objective.heads({"image": IMAGE}),
     )
     with pytest.raises(InputError, match="of its 16 tokens the stages leave 3"):
-        values_of(
-            objective,
-            pooled,
-            jax.eval_shape(lambda: pooled.init(jax.random.key(0), mmx.example_batch(pooled)))["params"],
-            labelled,
+        jax.eval_shape(
+            lambda: values_of(objective, pooled, pooled.init(jax.random.key(0), mmx.example_batch(pooled))["params"], labelled)
         )
 
 
