@@ -1,7 +1,7 @@
 """Every objective, trained alone on the embedded emoji set: what it scores on examples it has not seen, before and after.
 
-    python benchmarks/objectives.py                 all of them, and writes docs/objectives.md; about 15 minutes on two cores
-    python benchmarks/objectives.py words matching  some of them, and writes nothing
+    python benchmarks/objectives.py                 all of them, and writes docs/objectives.md; about 35 minutes on two cores
+    python benchmarks/objectives.py words matching  some of them, and renews their lines there
 
 Chance is what the commonest answer scores, or, where all answers are equally common, one of them.
 """
@@ -303,16 +303,22 @@ def measure(name: str, steps: int) -> str:
     return "| " + " | ".join([*cells, *(f"{x:.3f}" for x in (before, after, chance(row, data)))]) + " |"
 
 
+def asked(line: str) -> str:
+    """What a line of the table is about."""
+    return line.split(" | ")[2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], help="which; none: all")
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
-    lines = []
+    known = {asked(line): line for line in PAGE.read_text().splitlines() if line.startswith("|")} if PAGE.exists() else {}
     for name in args.names or ROWS:
-        lines.append(measure(name, args.steps))
-        print(lines[-1], flush=True)
-    if not args.names:
+        line = measure(name, args.steps)
+        known[asked(line)] = line
+        print(line, flush=True)
+        lines = [known[row.asks] for row in ROWS.values() if row.asks in known]
         PAGE.write_text(HEAD.format(batch=BATCH) + "\n".join(lines) + "\n")
 
 
