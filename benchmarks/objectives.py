@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*ROWS, []], help="which; none: all")
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
-    known = {asked(line): line for line in PAGE.read_text().splitlines() if line.startswith("|")} if PAGE.exists() else {}
+    known = {asked(line): line for line in PAGE.read_text().splitlines() if line.startswith("| ")} if PAGE.exists() else {}
     for name in args.names or ROWS:
         line = measure(name, args.steps)
         known[asked(line)] = line
