@@ -9,7 +9,9 @@ An objective is a frozen dataclass of settings. Its parts act in this order:
     views()                         the forward passes it wants; equal ones of several objectives are run once
     select(outputs, batch)          what the loss needs of them, example by example: every leaf is (B, ...)
     loss(values, memory)            cheap, over the whole batch: a scalar, and metrics
-    remember(memory, batch)         what it keeps for the next step: a queue of negatives, a teacher's weights
+    memory(model)                   what it keeps from step to step, at the beginning: a queue of negatives, a teacher's weights
+    remember(memory, batch)         the same for the next step
+    evaluated()                     what is asked of held-out examples, without a momentum teacher
 
 Only the forward passes are expensive, and they treat examples one by one. So gradient accumulation is exact for every
 objective, also for one that compares all examples with each other: see `mmx.train.accumulate`.
