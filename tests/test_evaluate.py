@@ -307,6 +307,7 @@ def test_flops_of_a_model_equal_the_formula():
     assert mmx.count_flops(lambda v: model.apply(v, batch).pooled, variables) == 3 * layer
 
 
+@pytest.mark.slow
 def test_missing_tells_what_the_image_is_worth(tiny, batch):
     """The loss without the image is that of a batch whose images are masked; what stands in them plays no part."""
     moment = evaluation(tiny)

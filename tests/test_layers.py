@@ -178,6 +178,7 @@ def test_unrolling_and_remat_change_nothing(rng):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other_gradient, gradient)
 
 
+@pytest.mark.slow
 def test_unrolling_and_remat_change_no_random_numbers(rng):
     x = rng.standard_normal((2, 5, 8)).astype(np.float32)
     config = dataclasses.replace(SMALL, dropout=0.5, drop_path=0.3)

@@ -105,7 +105,7 @@ def run(chosen, model, params, batch):
     return value, metrics, gradient
 
 
-QUICK = ("multi_to_one", "early_summation")  # one that keeps streams apart, one that does not
+QUICK = ("multi_to_one",)
 
 
 @pytest.mark.parametrize("topology", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES])

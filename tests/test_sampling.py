@@ -102,6 +102,7 @@ def test_a_step_takes_one_of_those_that_are_sampled(several):
     assert steps_of(experiment, MeshConfig(), 1, 3)[0][2]["loss"] == found[2]["loss"]
 
 
+@pytest.mark.slow
 def test_metrics_of_one_name_are_told_apart_in_every_turn(several):
     chosen = {"alone": MaskedModelling(given=()), "both": MaskedModelling()}
     experiment = dataclasses.replace(several, objectives=chosen, sampling={"alone": 1.0, "both": 1.0}, evaluators={})
