@@ -109,6 +109,12 @@ class Tokenizer:
         """What `tokenizer.json` holds."""
         return self._tokenizer.to_str()
 
+    def makes_ids_of(self, other: str | bytes) -> bool:
+        """Whether another tokenizer.json makes the same ids of every text."""
+        said = other.decode() if isinstance(other, bytes) else other
+        rules = [json.loads(text) for text in (self.to_json(), tokenizers.Tokenizer.from_str(said).to_str())]
+        return all(rules[0][name] == rules[1][name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
+
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Reads a `tokenizer.json`."""
@@ -116,12 +122,6 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_file(os.fspath(path)))
         except Exception as error:
             raise InputError(f"{path} is not a usable tokenizer.json: {error}") from error
-
-
-def same_ids(one: str, other: str) -> bool:
-    """Whether two tokenizer.json make the same ids of every text."""
-    rules = [json.loads(tokenizers.Tokenizer.from_str(said).to_str()) for said in (one, other)]
-    return all(rules[0][name] == rules[1][name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
 
 def train_tokenizer(texts: Sequence[str], vocab: int) -> Tokenizer:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mmx.data.text import same_ids
 from mmx.errors import InputError
 from mmx.losses import cosine_distance, distillation_loss, masked_mean
 from mmx.modalities import Ids
@@ -61,7 +60,7 @@ class Distillation(Objective):
             return
         teacher = _load(self.teacher)
         known, reads = teacher.files.get("tokenizer.json"), [teacher.model.modalities[modality_of(e)] for e in self.taught]
-        if known is not None and any(isinstance(m, Ids) for m in reads) and not same_ids(known.decode(), tokenizer.to_json()):
+        if known is not None and any(isinstance(m, Ids) for m in reads) and not tokenizer.makes_ids_of(known):
             raise InputError(
                 f"teacher={self.teacher!r} was trained with another tokenizer, so it would read other words; set "
                 f"--data.tokenizer to its tokenizer.json"
