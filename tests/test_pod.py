@@ -28,7 +28,6 @@ def peak(pairs, form):
         return step.lower(rows, rows, scale).compile().memory_analysis().peak_memory_in_bytes / 2**30
 
 
-@pytest.mark.slow
 def test_a_million_pairs_fit_onto_a_pod_in_a_ring_only():
     assert peak(1_048_576, "ring") < 1.6
     for form in ("dense", "gather"):
