@@ -551,6 +551,16 @@ def test_what_cannot_be_trained_is_refused_before_it_is(tiny, objective, reason)
         make(tiny, {"x": objective})
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [Grounding(labels=("a",), head="ground_a_b"), Grounding("text", ("image",), ("a", "b"), head="ground_a_b")],
+    ids=["size", "modality"],
+)
+def test_grounding_takes_no_head_of_another_form(tiny, objective):
+    with pytest.raises(InputError, match=r"objectives.x: head='ground_a_b' is no TokenClassifier\("):
+        make(tiny, {"other": Grounding(labels=("a", "b")), "x": objective})
+
+
 def test_a_modality_without_a_mask_token_is_told_how_to_get_one(tiny):
     with pytest.raises(InputError, match="set --modalities.image.mask-token"):
         dataclasses.replace(tiny, objectives={"x": MaskedModelling(masks={"image": Mask()}, given=())})

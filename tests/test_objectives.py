@@ -134,6 +134,41 @@ def test_three_modalities_are_compared_in_pairs(rng):
     np.testing.assert_allclose(objective.loss(values)[0], np.mean(pairs), rtol=1e-6)
 
 
+def compared(rng, entries, absent):
+    """What `Contrastive` selects of six examples: unit vectors of each entry, where only `absent[entry]` are missing."""
+    x = {name: np.array(mmx.losses.unit_vectors(rng.standard_normal((6, 8)).astype("f"))) for name in entries}
+    there = {name: ~np.isin(np.arange(6), absent.get(name, ())) for name in entries}
+    return x, there, {"embeddings": x, "present": there, "logit_scale": jnp.full(6, 2.0)}
+
+
+def test_ranking_asks_that_a_partner_scores_more_by_the_margin(rng):
+    x, _, values = compared(rng, ("image", "text"), {"text": [4]})
+    scores, here = x["image"] @ x["text"].T, [i for i in range(6) if i != 4]
+    short = [0.5 + s[i, j] - s[i, i] for s in (scores, scores.T) for i in here for j in here if i != j]
+    loss, metrics = Contrastive(kind="ranking", margin=0.5).loss(values)
+    np.testing.assert_allclose(loss, np.maximum(short, 0).mean(), rtol=1e-5)
+    best = [scores[i, here].argmax() == here.index(i) for i in here]
+    np.testing.assert_allclose(metrics["contrastive/recall"], np.mean(best), rtol=1e-6)
+
+
+@pytest.mark.parametrize("films", [("film",), ("film", "film/later")])
+def test_any_text_of_a_clip_is_found(rng, films):
+    """Each clip asks for the nearest of all texts; clips without a text, and texts that are absent, are not asked."""
+    texts = ("text", "text/other")
+    absent = {"film": [1], "text": [2, 3], "text/other": [2, 5]}
+    x, there, values = compared(rng, (*films, *texts), absent)
+    x["text/other"][0] = x["film"][0]  # one at least is found
+    each = [(name, i) for name in texts for i in range(6) if there[name][i]]
+    found = []
+    for film in films:
+        for i in range(6):
+            if there[film][i] and any((name, i) in each for name in texts):
+                found.append(max(each, key=lambda text: x[film][i] @ x[text[0]][text[1]])[1] == i)
+    objective = Contrastive((*films, *texts), kind="mil_nce")
+    np.testing.assert_allclose(objective.loss(values)[1]["contrastive/recall"], np.mean(found), rtol=1e-6)
+    assert 0 < np.mean(found) < 1
+
+
 def test_a_sigmoid_asks_of_every_pair_in_any_form(tiny, batch):
     """The same gradient dense and in a ring; it wants a bias, and softmax wants none."""
     siglip = dataclasses.replace(
