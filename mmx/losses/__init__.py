@@ -1,0 +1,81 @@
+"""Losses: pure functions of float32 arrays. One function, one idea; each says its shapes and its source.
+
+Those of tokens or examples return one number for each, `(...)`, in nats; `masked_mean` brings them together, by a mask or by
+weights. Those that compare the examples of a batch with each other return the mean, and take a mask of the rows that count.
+"""
+
+from mmx.losses.alignment import (
+    cosine_cost,
+    grounding_loss,
+    transport_distance,
+    transport_plan,
+    word_region_alignment_loss,
+)
+from mmx.losses.contrasting import (
+    batch_ranking_loss,
+    clip_loss,
+    hard_negatives,
+    late_interaction,
+    mil_nce_loss,
+    momentum_contrastive_loss,
+    ranking_loss,
+    sigmoid_loss,
+    similarity,
+    symmetric_cross_entropy,
+    unit_vectors,
+)
+from mmx.losses.distillation import (
+    attention_distillation_loss,
+    cosine_distance,
+    distillation_loss,
+)
+from mmx.losses.masking import (
+    info_nce,
+    normalised_each,
+    reconstruction_loss,
+    region_labels,
+    regression_loss,
+    sampled_nce,
+)
+from mmx.losses.scores import (
+    LOWEST,
+    binary_cross_entropy,
+    chunked_cross_entropy,
+    cross_entropy,
+    kl_divergence,
+    masked_mean,
+)
+
+__all__ = [
+    "LOWEST",
+    "attention_distillation_loss",
+    "batch_ranking_loss",
+    "binary_cross_entropy",
+    "chunked_cross_entropy",
+    "clip_loss",
+    "cosine_cost",
+    "cosine_distance",
+    "cross_entropy",
+    "distillation_loss",
+    "grounding_loss",
+    "hard_negatives",
+    "info_nce",
+    "kl_divergence",
+    "late_interaction",
+    "masked_mean",
+    "mil_nce_loss",
+    "momentum_contrastive_loss",
+    "normalised_each",
+    "ranking_loss",
+    "reconstruction_loss",
+    "region_labels",
+    "regression_loss",
+    "sampled_nce",
+    "sigmoid_loss",
+    "similarity",
+    "symmetric_cross_entropy",
+    "transport_distance",
+    "transport_plan",
+    "unit_vectors",
+    "word_region_alignment_loss",
+]
