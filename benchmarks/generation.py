@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mmx
-from mmx.generation import write
+from mmx.decoding import write
 from mmx.modalities import Ids, Patches
 
 BATCH, WIDTH, DEPTH, HEADS, VOCAB = 2, 128, 4, 4, 1024

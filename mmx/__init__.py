@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmx import data, evaluate, heads, layers, losses, modalities, objectives, parallel, topologies, train, zoo
+    from mmx.decoding import Decoding
     from mmx.evaluate import build_zero_shot_classifier
     from mmx.flops import count_flops
-    from mmx.generation import Decoding, generate
+    from mmx.generation import generate
     from mmx.model import MultimodalTransformer, build_model, count_parameters, example_batch
     from mmx.pretrained import load_pretrained
     from mmx.profiling import profile
@@ -48,7 +49,7 @@ _NAMES = {
     "count_flops": "mmx.flops",
     "count_parameters": "mmx.model",
     "example_batch": "mmx.model",
-    "Decoding": "mmx.generation",
+    "Decoding": "mmx.decoding",
     "generate": "mmx.generation",
     "Pretrained": "mmx.zoo",
     "create_model": "mmx.zoo",

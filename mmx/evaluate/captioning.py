@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from mmx.data import Pipeline
+from mmx.decoding import Decoding
 from mmx.errors import InputError, at_least, unknown
 from mmx.evaluate.report import Evaluation, Report
 from mmx.evaluate.retrieval import check_names, put_local, to_host
-from mmx.generation import Decoding, generate
+from mmx.generation import generate
 from mmx.modalities import Ids
 from mmx.modalities.embedder import GROUP
 from mmx.modalities.masking import modality_of

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mmx.decoding import Decoding, decode
 from mmx.errors import InputError, unknown
-from mmx.generation import Decoding, decode
 from mmx.model import MultimodalTransformer
 from mmx.streaming import Listener, listening
 from mmx.types import Batch, Masked, Params
