@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from mmx.heads import Classifier, Pooler, TiedDecoder
 from mmx.modalities import Ids
 from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import PerStream
+from mmx.topologies import Joint, PerStream
 from mmx.zoo.config import Words, activation, only, sized
 from mmx.zoo.family import Family, Run, Runner, padded, told_by_pooler
 from mmx.zoo.loss import token_loss
@@ -97,6 +98,20 @@ def assemble(c: Any, text: Ids, heads: Sequence[str], dtype: str) -> MultimodalT
         embed=0,
         poolers={"text": text_pooler(c, heads)},
         outputs={name: outputs[name] for name in heads},
+        dtype=dtype,
+        **block(c),
+    )
+
+
+def joint(c: Any, modalities: Mapping[str, nn.Module], outputs: Mapping[str, nn.Module], dtype: str) -> MultimodalTransformer:
+    """BERT's layers over a text and another modality in one line; their vector is the text's first token behind a tanh."""
+    return build_model(
+        modalities,
+        (Joint(c.num_hidden_layers),),
+        width=c.hidden_size,
+        embed=0,
+        poolers={"text": Pooler("first", size=c.hidden_size, activation="tanh")},
+        outputs=outputs,
         dtype=dtype,
         **block(c),
     )

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmx.heads import Classifier, Pooler, TiedDecoder, TokenClassifier
+from mmx.heads import Classifier, TiedDecoder, TokenClassifier
 from mmx.losses import cross_entropy, region_labels, transport_distance
 from mmx.modalities import Features
-from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import Joint
+from mmx.model import MultimodalTransformer
 from mmx.zoo import bert
 from mmx.zoo.config import Unsaid, sized
 from mmx.zoo.family import REGIONS, Family, Run, Runner, padded, padded_features
@@ -48,16 +47,7 @@ def _build(c: UniterConfig, heads: Sequence[str], dtype: str) -> MultimodalTrans
         norm=eps,
         marked=True,
     )
-    return build_model(
-        {"text": bert.text_embedder(c), "image": image},
-        (Joint(c.num_hidden_layers),),
-        width=c.hidden_size,
-        embed=0,
-        poolers={"text": Pooler("first", size=c.hidden_size, activation="tanh")},
-        outputs={name: outputs[name] for name in heads},
-        dtype=dtype,
-        **bert.block(c),
-    )
+    return bert.joint(c, {"text": bert.text_embedder(c), "image": image}, {name: outputs[name] for name in heads}, dtype)
 
 
 def _table(c: UniterConfig) -> Table:

@@ -15,10 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmx.errors import InputError
-from mmx.heads import Classifier, Pooler
+from mmx.heads import Classifier
 from mmx.modalities import Ids
-from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import Joint
+from mmx.model import MultimodalTransformer
 from mmx.zoo import bert
 from mmx.zoo.config import only, sized
 from mmx.zoo.family import Family, Runner, padded
@@ -52,16 +51,7 @@ def _build(c: VideoBertConfig, heads: Sequence[str], dtype: str) -> MultimodalTr
         "masked-lm": bert.masked_lm_head(c).clone(streams=("text", "video")),
         "matching": Classifier(2, "text", transform=False),
     }
-    return build_model(
-        {"text": text, "video": video},
-        (Joint(c.num_hidden_layers),),
-        width=c.hidden_size,
-        embed=0,
-        poolers={"text": Pooler("first", size=c.hidden_size, activation="tanh")},
-        outputs={name: outputs[name] for name in heads},
-        dtype=dtype,
-        **bert.block(c),
-    )
+    return bert.joint(c, {"text": text, "video": video}, {name: outputs[name] for name in heads}, dtype)
 
 
 def _table(c: VideoBertConfig) -> Table:

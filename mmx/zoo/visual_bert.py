@@ -6,10 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmx.heads import Classifier, Pooler
+from mmx.heads import Classifier
 from mmx.modalities import Features
-from mmx.model import MultimodalTransformer, build_model
-from mmx.topologies import Joint
+from mmx.model import MultimodalTransformer
 from mmx.zoo import bert
 from mmx.zoo.config import Words, only
 from mmx.zoo.family import REGIONS, Family, Runner, padded_features
@@ -34,19 +33,8 @@ def _build(c: VisualBertConfig, heads: Sequence[str], dtype: str) -> MultimodalT
     outputs = {"masked-lm": words, "matching": Classifier(2, "text", transform=False)}
     # A region has a table of positions, of which it is always given the first row.
     tables = {"segment": c.type_vocab_size, "line": c.max_position_embeddings}
-    return build_model(
-        {
-            "text": bert.text_embedder(c),
-            "image": Features(c.visual_embedding_dim, REGIONS, tables=tables, norm="text", aligned="text"),
-        },
-        (Joint(c.num_hidden_layers),),
-        width=c.hidden_size,
-        embed=0,
-        poolers={"text": Pooler("first", size=c.hidden_size, activation="tanh")},
-        outputs={name: outputs[name] for name in heads},
-        dtype=dtype,
-        **bert.block(c),
-    )
+    image = Features(c.visual_embedding_dim, REGIONS, tables=tables, norm="text", aligned="text")
+    return bert.joint(c, {"text": bert.text_embedder(c), "image": image}, {name: outputs[name] for name in heads}, dtype)
 
 
 def _table(c: VisualBertConfig) -> Table:
