@@ -187,7 +187,7 @@ ROWS = {
     ),
     "hard": Row(
         "matching",
-        Matching(negatives="hard"),
+        Matching(negatives="hard", stream="text"),
         "the same among near ones (beside contrastive)",
         "matching/accuracy",
         0.5,
