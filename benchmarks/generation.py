@@ -27,8 +27,7 @@ def again(model, params, image, length):
 
     def step(ids, cache, at):
         out = model.apply({"params": params}, {"image": image, "text": ids}, ("text",))
-        scores = out.logits["captioning"]
-        return (scores if at is None else jnp.take_along_axis(scores, at[..., None], 1)), cache
+        return jnp.take_along_axis(out.logits["captioning"], at[..., None], 1), cache
 
     ids = jnp.zeros((BATCH, length), jnp.int32)
     return write(step, ids, jnp.ones(BATCH, jnp.int32), length - 1, mmx.Decoding(), jax.random.key(0))["sequences"]

@@ -2,7 +2,9 @@
 
 They know a model only by its step:
 
-    step(ids (N, L), cache, at)     at None: scores (N, L, V) of all places;     at (N, 1): (N, 1, V) of these, with what is kept
+    step(ids (N, L), cache, at (N, 1)) -> scores (N, 1, V) of what follows these places, and what is kept
+
+With an empty cache all that stands before is read, else only these places, and of the others what was kept.
 
 `guided` makes one step of two: with what is given, and without.
 """
@@ -10,16 +12,18 @@ They know a model only by its step:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from mmx.errors import InputError, at_least
 from mmx.losses import LOWEST
 from mmx.streaming import tell
 
-Step: TypeAlias = Callable[[jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]]
+Step: TypeAlias = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +109,25 @@ class Decoding:
         return self.pad or 0
 
 
+def check_prompts(name: str, ids: Any, mask: Any, padded: Literal["behind", "before"]) -> None:
+    """Refuses prompts `ids (B, P)` whose ids that exist, by `mask (B, P)`, do not stand at one end, or that have none.
+
+    It looks at what is there; of values inside `jax.jit` it sees the shapes alone.
+    """
+    if mask.shape != ids.shape:
+        raise InputError(f"{name}: ids {ids.shape} with a mask {mask.shape}; the mask says of each id whether it exists")
+    if isinstance(mask, Tracer):
+        return
+    there = np.asarray(mask) != 0
+    count, places = there.sum(1, keepdims=True), np.arange(there.shape[1])
+    expected = places < count if padded == "behind" else places >= there.shape[1] - count
+    for i in np.flatnonzero((there != expected).any(1) | (count[:, 0] == 0))[:1]:
+        raise InputError(
+            f"{name}: the mask of prompt {i} is {there[i].astype(int).tolist()}; prompts are padded {padded} their ids, "
+            f"and have one id at least"
+        )
+
+
 def guided(given: Step, alone: Step, guidance: float) -> Step:
     """A step that is led away from what is written `alone`, without what is given (arXiv 2207.12598, 3.2, eq. 6).
 
@@ -114,7 +137,7 @@ def guided(given: Step, alone: Step, guidance: float) -> Step:
     themselves, as its models of music do, all ids of a place would move by one number, which a softmax does not see.
     """
 
-    def both(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+    def both(ids: jax.Array, cache: Any, at: jax.Array) -> tuple[jax.Array, Any]:
         steps = {"given": given, "alone": alone}
         found = {name: step(ids, cache.get(name, {}), at) for name, step in steps.items()}
         log = {name: jax.nn.log_softmax(scores.astype(jnp.float32)) for name, (scores, _) in found.items()}
@@ -153,19 +176,13 @@ def write(
         alive &= ~decoding.ends(chosen) & (place + 1 < ids.shape[1])  # where there is room for another one
         return i + 1, ids, logits[:, 0], alive, cache, left, total
 
-    logits, cache = first(step, ids, start)
+    logits, cache = step(ids, {}, (start - 1)[:, None])
+    logits = logits[:, 0]
     left = jnp.zeros((len(ids), count, logits.shape[-1]), logits.dtype)
     carry = jnp.int32(0), ids, logits, start < ids.shape[1], cache, left, jnp.zeros(len(ids))
     steps, ids, _, _, _, left, total = jax.lax.while_loop(goes_on, one, carry)
     ids = jnp.where(jnp.arange(ids.shape[1]) < (start + steps)[:, None], ids, decoding.padding)
     return {"sequences": ids, "logits": left, "scores": total}
-
-
-def first(step: Step, ids: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-    """Scores `(N, V)` of the id at `start`, and what is kept of all before."""
-    logits, cache = step(ids, {}, None)
-    at = start - 1 + logits.shape[1] - ids.shape[1]  # a prefix of an image may stand before the ids
-    return jnp.take_along_axis(logits, at[:, None, None], 1)[:, 0], cache
 
 
 def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: Decoding) -> dict[str, jax.Array]:
@@ -187,8 +204,8 @@ def search(step: Step, ids: jax.Array, start: jax.Array, count: int, decoding: D
     def rows(cache: Any, order: jax.Array) -> Any:  # keys and values are (layers, B, L, G, K)
         return jax.tree.map(lambda x: jnp.take(x, order, x.ndim - 4), cache)
 
-    logits, cache = first(step, ids, start)
-    cache = rows(cache, spread(jnp.arange(size)))
+    logits, cache = step(ids, {}, (start - 1)[:, None])
+    logits, cache = logits[:, 0], rows(cache, spread(jnp.arange(size)))
     alive = jnp.where(jnp.arange(beams) == 0, 0.0, LOWEST) + jnp.zeros((size, 1))
     nothing = jnp.full((size, beams), LOWEST)
     every = jnp.repeat(ids[:, None], beams, 1)

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmx.decoding import Decoding, Step, decode, guided
+from mmx.decoding import Decoding, Step, check_prompts, decode, guided
 from mmx.errors import InputError
+from mmx.heads import scores_of
 from mmx.modalities.masking import absent
 from mmx.model import MultimodalTransformer
 from mmx.streaming import Listener, listening
-from mmx.types import Batch, Masked, Params
+from mmx.types import Batch, Masked, Outputs, Params
 
 
 def generate(
@@ -45,6 +46,8 @@ def generate(
         stream: called with the new ids `(B * decoding.best,)` of every step while the program runs, padding for rows that
             have ended, until all have; all was told when `generate` returns. Not with beams, nor inside `jax.jit`.
     """
+    if prompt is not None:
+        check_prompts("generate: prompt", prompt.array, prompt.mask, "behind")
     with listening(stream, (params, given, prompt)) as listener:
         return _generate(model, params, given, text, head, length, begin, prompt, decoding, key, listener)
 
@@ -84,23 +87,33 @@ def _generate(
     ids = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, length - ids.shape[1])), constant_values=decoding.padding)
     ids, start, others, beside = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), spread, 0), (ids, start, others, beside))
 
-    def step_with(others: Batch, ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+    def step_with(others: Batch, ids: jax.Array, cache: Any, at: jax.Array) -> tuple[jax.Array, Any]:
         more = len(ids) // (size * spread)  # beams
         batch, tables = jax.tree.map(lambda x: jnp.repeat(x, more, 0), (others, beside))
         everywhere = jnp.ones(ids.shape, bool)  # what stands behind the place that is written is seen by nobody
         batch = {**batch, text: Masked({**tables, "ids": ids} if tables else ids, everywhere)}
-        places = None if at is None or not model.caches else {text: at}
         out: Any
         out, left = model.apply(
-            {"params": params, **cache}, batch, (text,), None, places, mutable=["cache"] if model.caches else []
+            {"params": params, **cache},
+            batch,
+            (text,),
+            None,
+            {text: at} if cache else None,
+            mutable=["cache"] if model.caches else [],
         )
-        logits = out.logits[head]
-        if at is not None and places is None:
-            logits = jnp.take_along_axis(logits, at[..., None], 1)
-        return logits, dict(left)
+        return (out.logits[head] if cache else _scores_at(out, head, at, ids.shape[1])), dict(left)
 
     step: Step = functools.partial(step_with, others)
     if decoding.guidance != 1:
         nothing = {name: absent(value) for name, value in others.items()}
         step = guided(step, functools.partial(step_with, nothing), decoding.guidance)
     return decode(step, ids, start, length - 1, decoding, key, listener)["sequences"]
+
+
+def _scores_at(outputs: Outputs, head: str, at: jax.Array, length: int) -> jax.Array:
+    """Scores `(N, 1, V)` of what follows the places `at (N, 1)` of `length` ids; under jit those of others are never made."""
+    scored = outputs.scored.get(head)
+    if scored is not None:
+        return scores_of(scored, jnp.take_along_axis(scored.states, at[..., None], 1))
+    logits = outputs.logits[head]
+    return jnp.take_along_axis(logits, (at + logits.shape[1] - length)[..., None], 1)  # an image may stand before the ids

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmx.errors import InputError, unknown
 from mmx.layers import ACTIVATIONS, MLP, AttentionPool, BlockConfig, Stack, make_norm
-from mmx.layers.products import INITIAL, Dense
+from mmx.layers.products import INITIAL, Dense, product
 from mmx.layers.stack import sow_states
 from mmx.losses import unit_vectors
 from mmx.modalities.masking import unmask
@@ -355,3 +355,8 @@ class TiedDecoder(nn.Module):
             return Scored(logits, x, matrix)
         bias = self.param("decoder_bias", nn.initializers.zeros, logits.shape[-1:])
         return Scored(logits + bias, x, matrix, bias)
+
+
+def scores_of(scored: Scored, states: jax.Array) -> jax.Array:
+    """Scores of ids of some of what a head scores: `(B, l, D) -> (B, l, V)` float32."""
+    return product("bld,vd->blv", states, scored.matrix) + (0 if scored.bias is None else scored.bias)

@@ -142,8 +142,9 @@ def test_a_loop_costs_one_reading_and_its_steps(topology):
     )  # layers x (scores, values) x multiply, add x width
     model, variables = make(32)
     batch = {"image": jnp.zeros((1, 8, 8, 3), jnp.uint8), "text": jnp.zeros((1, 32), jnp.int32)}
-    reading = mmx.count_flops(lambda v: model.apply(v, batch, ("text",)).logits["captioning"], variables)
-    assert loop(32, 32) == reading + step(32)  # the body of the loop, which is counted once
+    reading = mmx.count_flops(lambda v: model.apply(v, batch, ("text",)).scored["captioning"].states, variables)
+    first = 2 * 32 * 11  # multiply and add x width x ids: what follows the prompt, and no other place, is scored
+    assert loop(32, 32) == reading + first + step(32)  # the body of the loop, which is counted once
 
 
 def test_a_loop_is_traced_once_whatever_its_length_and_whoever_listens():
@@ -350,6 +351,9 @@ def test_prompts_of_different_lengths_and_what_is_allowed(rng):
         alone = mmx.Masked(ids[row : row + 1, :size], np.ones((1, size), bool))
         expected = mmx.generate(model, params, {"image": given["image"][row : row + 1]}, length=LENGTH, prompt=alone)
         np.testing.assert_array_equal(found[row], expected[0])
+    for mask in ([1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]):
+        with pytest.raises(InputError, match=r"prompt: the mask of prompt 1 is .* padded behind their ids"):
+            mmx.generate(model, params, given, length=LENGTH, prompt=mmx.Masked(ids, np.asarray([[1] * 4, mask, [1] * 4], bool)))
     even = mmx.Decoding(allowed=lambda ids, place: jnp.broadcast_to(jnp.arange(11) % 2 == 0, (len(ids), 11)))
     assert not np.any(mmx.generate(model, params, given, length=LENGTH, begin=1, decoding=even)[:, 1:] % 2)
 

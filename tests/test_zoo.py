@@ -628,6 +628,8 @@ def test_generation_continues_prompts_padded_on_the_left():
     padded = pretrained.generate(4, input_ids=np.pad(prompt, ((0, 0), (2, 0))), attention_mask=[[0, 0, 1, 1, 1]])
     np.testing.assert_array_equal(padded["sequences"][:, 2:], alone["sequences"])
     np.testing.assert_allclose(padded["logits"], alone["logits"], atol=1e-4)
+    with pytest.raises(InputError, match=r"attention_mask: the mask of prompt 0 is \[1, 1, 1, 0, 0\]; prompts are padded before"):
+        pretrained.generate(4, input_ids=np.pad(prompt, ((0, 0), (0, 2))), attention_mask=[[1, 1, 1, 0, 0]])
 
 
 _RENAMED = {r"encoder\.layer\.": "layers.", r"attention\.attention\.(query|key|value)": r"attention.\1_proj"}

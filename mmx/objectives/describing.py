@@ -1,6 +1,7 @@
 """Describing: say what is there, one token after the other. Survey 3.4, "describing"."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, at_least
-from mmx.heads import TiedDecoder
-from mmx.layers.products import product
+from mmx.heads import TiedDecoder, scores_of
 from mmx.losses import chunked_cross_entropy, cross_entropy
 from mmx.modalities import Ids
 from mmx.modalities.embedder import GROUP
@@ -122,14 +122,8 @@ class Captioning(Objective):
             scored = outputs[0].scored.get(self._head)
             if scored is None:
                 raise InputError(f"chunks={self.chunks}: head {self._head!r} scores all tokens at once; set chunks=1")
-            bias, states, vocab = (
-                0 if scored.bias is None else scored.bias,
-                scored.states[:, : labels.shape[1]],
-                len(scored.matrix),
-            )
-            losses, best = chunked_cross_entropy(
-                states, lambda x: product("bld,vd->blv", x, scored.matrix) + bias, labels, self.chunks, **settings
-            )
+            states, vocab = scored.states[:, : labels.shape[1]], len(scored.matrix)
+            losses, best = chunked_cross_entropy(states, functools.partial(scores_of, scored), labels, self.chunks, **settings)
         wrong = (labels < 0) | (labels >= vocab)
         losses = jnp.where(asked, jnp.where(wrong, jnp.nan, losses), 0)
         return {"loss": losses.sum(-1), "right": ((best == labels) & asked).sum(-1), "tokens": asked.sum(-1)}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mmx.decoding import Decoding, decode
+from mmx.decoding import Decoding, check_prompts, decode
 from mmx.errors import InputError, unknown
 from mmx.model import MultimodalTransformer
 from mmx.streaming import Listener, listening
@@ -149,6 +149,7 @@ class Pretrained:
         for name in names.beside:
             given.setdefault(name, np.zeros_like(given[names.ids]))
         self._check(given)
+        check_prompts(f"{self.family.name}: {names.mask}", given[names.ids], given[names.mask], "before")
         if decoding.beams == 1:
             given = jax.tree.map(lambda x: np.repeat(x, decoding.best, 0), given)
         with listening(stream, given) as listener:
@@ -218,10 +219,14 @@ def _generate(
     if names.places:
         given["position_ids"] = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
 
-    def step(ids: jax.Array, cache: Any, at: jax.Array | None) -> tuple[jax.Array, Any]:
+    def step(ids: jax.Array, cache: Any, at: jax.Array) -> tuple[jax.Array, Any]:
         rows = jax.tree.map(lambda x: jnp.repeat(x, len(ids) // size, 0), given)  # one for each beam
-        fields, _, cache = _call(family, model, config, (), flags, params, {**rows, names.ids: ids}, cache, at)
-        return fields["logits"], cache
+        rows = {**rows, names.ids: ids}
+        fields, _, left = _call(family, model, config, (), flags, params, rows, cache, at if cache else None)
+        logits = fields["logits"]
+        if not cache:  # an image may stand before the ids
+            logits = jnp.take_along_axis(logits, (at + logits.shape[1] - ids.shape[1])[..., None], 1)
+        return logits, left
 
     return decode(step, longer(names.ids, decoding.padding), jnp.full(size, prompt), count, decoding, key, listener)
 
