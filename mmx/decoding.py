@@ -54,7 +54,8 @@ class Decoding:
     pad: int | None = None
     """The id of what does not exist; None: the one that was published with the weights, or 0."""
     allowed: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    """`(ids (N, L), place (N,)) -> (N, V)`: which ids may stand there (constrained generation); None: all."""
+    """`(ids (N, L), place (N,)) -> (N, V)`: which ids may stand there (constrained generation); None: all. A function is compiled
+    once: give the same one again, and not one that is made for every call."""
 
     def __post_init__(self) -> None:
         at_least(self, temperature=0, minimum=0, beams=1, best=1, guidance=0)
@@ -112,11 +113,11 @@ class Decoding:
 def check_prompts(name: str, ids: Any, mask: Any, padded: Literal["behind", "before"]) -> None:
     """Refuses prompts `ids (B, P)` whose ids that exist, by `mask (B, P)`, do not stand at one end, or that have none.
 
-    It looks at what is there; of values inside `jax.jit` it sees the shapes alone.
+    It looks at what this process holds; of values inside `jax.jit`, or spread over others, it sees the shapes alone.
     """
     if mask.shape != ids.shape:
         raise InputError(f"{name}: ids {ids.shape} with a mask {mask.shape}; the mask says of each id whether it exists")
-    if isinstance(mask, Tracer):
+    if isinstance(mask, Tracer) or not getattr(mask, "is_fully_addressable", True):
         return
     there = np.asarray(mask) != 0
     count, places = there.sum(1, keepdims=True), np.arange(there.shape[1])

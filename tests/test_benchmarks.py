@@ -43,3 +43,12 @@ def test_every_row_of_objectives_can_be_trained(tmp_path):
         for evaluator in wanted.evaluators.values():
             evaluator.check(data)
         check_reached(wanted.objectives, model, mmx.model.abstract_params(model), batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["captioning", "contrastive", "order"])
+def test_an_objective_learns_what_it_asks(name):
+    """One of each of three types, in half of the steps of docs/objectives.md: twice as far as chance, and as its beginning."""
+    line = load("objectives").measure(name, 100)
+    before, after, chance = map(float, line.strip(" |").split(" | ")[-3:])
+    assert after > 2 * max(before, chance)

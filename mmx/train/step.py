@@ -39,6 +39,11 @@ class Task:
             for name, ratio in self.sampling.items()
         }
 
+    def drawn(self, key: jax.Array) -> jax.Array:
+        """The number of the one among `choices` that a step takes, `()`."""
+        ratios = jnp.asarray([ratio for ratio, _ in self.choices.values()])
+        return jax.random.choice(key, len(ratios), p=ratios / ratios.sum())
+
     def corrupt(self, batch: Batch, key: jax.Array, context: Context | None = None) -> Batch:
         """Hides modalities, if wanted, and adds the objectives' own entries to the batch."""
         if self.modality_dropout:
@@ -134,7 +139,7 @@ def _evaluate(
 
     if not task.choices:
         return run(task)
-    ratios, tasks = zip(*task.choices.values(), strict=True)
+    tasks = [each for _, each in task.choices.values()]
     shapes = [jax.eval_shape(functools.partial(run, each))[0][1] for each in tasks]
     nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), {k: v for shape in shapes for k, v in shape.items()})
 
@@ -142,7 +147,7 @@ def _evaluate(
         (loss, found), grads, memory = run(each)
         return (loss, {**nothing, **found}), grads, memory  # what no one measured is not a number
 
-    drawn = jax.random.choice(jax.random.fold_in(corrupt_key, len(tasks)), len(tasks), p=jnp.asarray(ratios) / sum(ratios))
+    drawn = task.drawn(jax.random.fold_in(corrupt_key, len(tasks)))
     return jax.lax.switch(drawn, [functools.partial(branch, each) for each in tasks])
 
 
