@@ -358,6 +358,37 @@ def test_prompts_of_different_lengths_and_what_is_allowed(rng):
     assert not np.any(mmx.generate(model, params, given, length=LENGTH, begin=1, decoding=even)[:, 1:] % 2)
 
 
+def test_a_search_under_a_rule_finds_the_best_of_all_sentences(rng):
+    """Behind prompts of different lengths: even ids only, none twice in a row, a prefix that is given; so many beams miss nothing."""
+    model, params = build("early_concatenation")
+    given = {"image": rng.integers(0, 255, (2, 8, 8, 3), np.uint8)}
+    ids, sizes = np.asarray([[3, 0, 0], [5, 8, 7]]), np.asarray([1, 3])
+
+    def allowed(ids, place):
+        before = jnp.take_along_axis(ids, place[:, None] - 1, 1)
+        rule = (jnp.arange(11) % 2 == 0) & (jnp.arange(11) != before)
+        return jnp.where((place == 3)[:, None], jnp.arange(11) == 4, rule)  # the fourth id is 4, whatever was likelier
+
+    decoding = mmx.Decoding(beams=30, allowed=allowed, repetition_penalty=1.3)
+    prompt = mmx.Masked(ids, np.arange(3) < sizes[:, None])
+    found = np.asarray(mmx.generate(model, params, given, length=5, prompt=prompt, decoding=decoding))
+    logits = jax.jit(lambda batch: model.apply({"params": params}, batch, ("text",)).logits["captioning"])
+    for row, size in enumerate(sizes):
+        rest = list(itertools.product(range(0, 11, 2), repeat=5 - size))
+        every = np.concatenate([np.repeat(ids[row : row + 1, :size], len(rest), 0), rest], 1)
+        twice = [every[:, place] == every[:, place - 1] for place in range(size, 5) if place != 3]
+        every = every[(every[:, 3] == 4) & ~np.any(twice, 0)]
+        image = np.repeat(given["image"][row : row + 1], len(every), 0)
+        text = np.pad(every, ((0, 0), (0, LENGTH - 5)))
+        scores, total = np.asarray(logits({"image": image, "text": text})), 0
+        for place in range(size, 5):
+            log = jax.nn.log_softmax(scores[:, place - 1])
+            log = np.where((np.arange(11)[:, None] == every[:, None, :place]).any(-1), log * 1.3, log)
+            total += log[np.arange(len(every)), every[:, place]]
+        np.testing.assert_array_equal(found[row], every[np.argmax(total)])
+        assert np.ptp(total) > 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
