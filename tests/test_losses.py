@@ -66,6 +66,42 @@ def test_sigmoid_loss_equals_numpy(rng, mask):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+WEIGHTS = np.asarray([2, 0, 0.5, 1, 0], "f")
+WEIGHTED = np.flatnonzero(WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "symmetric_cross_entropy", "sigmoid_loss", "batch_ranking_loss"])
+def test_rows_are_left_out_or_count_by_their_weights(rng, name):
+    """What has no weight is not there; what has any is a negative like all, and counts in the mean by its weight."""
+    image, text = unit(rng, 2, 5, 4)
+    scores = 3.0 * image[WEIGHTED] @ text[WEIGHTED].T - (1.0 if name == "sigmoid_loss" else 0.0)
+    own, others = np.diagonal(scores)[:, None], ~np.eye(3, dtype=bool)
+    if name == "sigmoid_loss":
+        each = np.log1p(np.exp(np.where(others, scores, -scores))).sum(1)
+    elif name == "batch_ranking_loss":
+        each = sum(np.maximum(0.3 + s - own, 0)[others].reshape(3, 2).mean(1) for s in (scores, scores.T)) / 2
+    else:
+        each = sum(numpy_cross_entropy(s, np.arange(3)) for s in (scores, scores.T)) / 2
+    whole = 3.0 * image @ text.T
+    found = {
+        "clip_loss": lambda: losses.clip_loss(image, text, 3.0, WEIGHTS),
+        "symmetric_cross_entropy": lambda: losses.symmetric_cross_entropy(whole, whole.T, WEIGHTS),
+        "sigmoid_loss": lambda: losses.sigmoid_loss(image, text, 3.0, -1.0, WEIGHTS),
+        "batch_ranking_loss": lambda: losses.batch_ranking_loss(whole, whole.T, 0.3, WEIGHTS),
+    }[name]()
+    np.testing.assert_allclose(found, np.average(each, weights=WEIGHTS[WEIGHTED]), rtol=1e-5)
+
+
+def test_a_teachers_rows_and_matched_pairs_count_by_their_weights(rng):
+    scores = rng.standard_normal((4, 5, 7)).astype("f")
+    each = [losses.momentum_contrastive_loss(*scores, 0.4, np.arange(5) == i) for i in WEIGHTED]
+    found = losses.momentum_contrastive_loss(*scores, 0.4, WEIGHTS)
+    np.testing.assert_allclose(found, np.average(each, weights=WEIGHTS[WEIGHTED]), rtol=1e-5)
+    distance, matched = np.asarray([0.5, 9, 0.25, 2, 9], "f"), np.asarray([1, 1, 0, 1, 0], bool)
+    for weights, expected in ((WEIGHTS, (2 * 0.5 - 0.5 * 0.25 + 2) / 3.5), (WEIGHTS != 0, (0.5 - 0.25 + 2) / 3)):
+        np.testing.assert_allclose(losses.word_region_alignment_loss(distance, matched, weights), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_reconstruction_loss_counts_what_was_removed(rng, normalised):
     predicted, pixels = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
@@ -215,6 +251,22 @@ def test_a_clip_without_a_text_is_not_asked(rng):
     np.testing.assert_allclose(losses.mil_nce_loss(scores, mask=mask), np.mean(each), rtol=1e-5)
     gradient = jax.grad(lambda x: losses.mil_nce_loss(x, mask=mask))(scores)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[2:4].any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_middle_clip_of_a_bag_is_asked_for_texts_that_exist(rng, weighted):
+    """Two bags of three clips with two texts each. The middle clip of the second has one text left of the bag's six."""
+    scores, mask = rng.standard_normal((12, 6)).astype("f"), rng.random((12, 6)) < 0.8
+    mask[6:, 4], mask[9, 4] = False, True
+    mask = np.where(mask, 0.1 + rng.random((12, 6)), 0).astype("f") if weighted else mask
+    e, each, counts = np.where(mask != 0, np.exp(scores), 0), [], []
+    for clip, bag in ((1, slice(0, 6)), (4, slice(6, 12))):
+        own_clips = slice(clip - 1, clip + 2)
+        elsewhere = np.delete(e, own_clips, 1).reshape(12, 3)
+        outside = e[:, clip].sum() - e[bag, clip].sum() + elsewhere[2 * clip : 2 * clip + 2].sum()
+        each.append(-np.log(e[bag, clip].sum() / (e[bag, clip].sum() + outside)))
+        counts.append(float(mask[bag, clip].max()))
+    np.testing.assert_allclose(losses.mil_nce_loss(scores, 3, mask), np.average(each, weights=counts), rtol=1e-5)
 
 
 def test_distillation_reaches_its_teacher_and_gives_it_no_gradient(rng):
