@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmx import losses
+from mmx.parallel import MeshConfig, batch_sharding, make_mesh
 
 
 def unit(rng, *shape):
@@ -210,6 +211,37 @@ def test_late_interaction_asks_token_by_token(rng):
     assert np.isfinite(gradient).all() and not gradient[~regions].any()
     nobody = losses.late_interaction(image, text, np.zeros((2, 4), bool), words)
     assert not np.any(nobody[0]) and not np.any(nobody[1])
+
+
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_late_interaction_block_by_block_is_that_of_one(rng, block):
+    """Eight images, whole blocks or not."""
+    image, text, weights = unit(rng, 8, 4, 3), unit(rng, 5, 6, 3), rng.standard_normal((2, 8, 5)).astype("f")
+    regions, words = np.arange(4) < rng.integers(0, 5, 8)[:, None], np.arange(6) < rng.integers(1, 7, 5)[:, None]
+
+    def total(image, text, block=None):
+        to_text, to_image = losses.late_interaction(image, text, regions, words, block)
+        return (to_text * weights[0] + to_image.T * weights[1]).sum(), (to_text, to_image)
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), step(image, text), step(image, text, block))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_late_interaction_holds_the_scores_of_a_block(devices):
+    """Compiled memory of value and gradient, on each device: that of one block, which by default has at most so many scores."""
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    side = jax.ShapeDtypeStruct((64 * devices, 64, 4), jnp.float32, sharding=batch_sharding(mesh))
+
+    def held(block):
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.grad(lambda a, b: sum(x.sum() for x in losses.late_interaction(a, b, block=block)), (0, 1)))
+            return step.lower(side, side).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 64 * 64 * devices * 64 * 64  # of a device's images and all texts, in bytes
+    whole, half, few, default = held(64), held(32), held(4), held(None)
+    assert whole > scores and half < 0.6 * whole and few < 0.08 * whole
+    assert default == (whole if scores <= 4 * losses.contrasting.TOKEN_SCORES else held(64 // devices))
 
 
 def test_hard_negatives_are_others_that_exist_and_follow_the_scores(rng):

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mmx.losses.scores import LOWEST, Rows, Scalar, masked_mean
+from mmx.parallel.mesh import batch_parts
+
+TOKEN_SCORES = 2**24  # most scores of tokens that `late_interaction` makes at a time: 64 MiB
 
 
 def unit_vectors(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
@@ -139,23 +142,49 @@ def late_interaction(
     text: Float[Array, "C L E"],
     image_mask: Bool[Array, "B N"] | None = None,
     text_mask: Bool[Array, "C L"] | None = None,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "C B"]]:
     """Each token asks for its best match in the other, and the mean of these counts (FILIP, arXiv 2111.07783, 3.1).
+
+    The scores of all tokens of a block of images are made, read and forgotten, and made again in the backward pass: the memory is
+    that of `(block, C, N, L)`.
+
+    Args:
+        image: unit vectors of tokens.
+        text: likewise.
+        image_mask: which exist.
+        text_mask: likewise.
+        block: images of a block, on each device that the batch is split over; None: as many as have `TOKEN_SCORES` scores.
 
     Returns:
         Scores of images and texts `(B, C)`, by the images' tokens, and of texts and images `(C, B)`, by the texts'.
     """
     image_mask = jnp.ones(image.shape[:2], bool) if image_mask is None else image_mask
     text_mask = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask
-    each = jnp.einsum("bne,cle->bcnl", image, text, preferred_element_type=jnp.float32)
-    there = image_mask[:, None, :, None] & text_mask[None, :, None, :]
+    rows, size = len(image), image.shape[1] * text_mask.size  # scores of an image
+    block = max(TOKEN_SCORES // max(size, 1), 1) if block is None else block
+    blocks = -(-rows // (block * batch_parts(jax.sharding.get_abstract_mesh())))
 
     def mean_of_best(scores: jax.Array, there: jax.Array) -> jax.Array:  # (..., asking, asked)
         best = jnp.where(there, scores, LOWEST).max(-1)
         asking = there.any(-1)
         return jnp.where(asking, best, 0).sum(-1) / jnp.maximum(asking.sum(-1), 1)
 
-    return mean_of_best(each, there), mean_of_best(each.swapaxes(2, 3), there.swapaxes(2, 3)).T
+    def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:  # (b, N, E), (b, N) -> (b, C), (b, C)
+        each = jnp.einsum("bne,cle->bcnl", part[0], text, preferred_element_type=jnp.float32)
+        there = part[1][:, None, :, None] & text_mask[None, :, None, :]
+        return mean_of_best(each, there), mean_of_best(each.swapaxes(2, 3), there.swapaxes(2, 3))
+
+    def cut(x: jax.Array) -> jax.Array:  # (B, ...) -> (blocks, b, ...): every device has some rows of each block
+        x = jnp.pad(x, [(0, -rows % blocks)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1)
+
+    if blocks <= 1:
+        to_text, to_image = one((image, image_mask))
+    else:
+        parts = jax.lax.map(jax.checkpoint(one), (cut(image), cut(image_mask)))
+        to_text, to_image = (x.swapaxes(0, 1).reshape(-1, len(text))[:rows] for x in parts)
+    return to_text, to_image.T
 
 
 def hard_negatives(scores: Float[Array, "B B"], key: jax.Array, mask: Bool[Array, "B"] | None = None) -> Int[Array, "B"]:
