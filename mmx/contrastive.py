@@ -79,6 +79,20 @@ SIGMOID = Pairs(
 )
 
 
+def _best(scores: jax.Array, partner: jax.Array, both: jax.Array) -> tuple[Any, Any]:
+    """Of rows and of columns: the highest score but the partner's, and the partner's."""
+    others, own = jnp.where(both & ~partner, scores, LOWEST), jnp.where(both & partner, scores, 0)
+    return (others.max(1), own.sum(1)), (others.max(0), own.sum(0))
+
+
+BEST = Pairs(
+    (LOWEST, 0.0),
+    _best,
+    lambda known, new: (jnp.maximum(known[0], new[0]), known[1] + new[1]),
+    lambda rows, columns, partners: tuple((own > best).astype(jnp.float32) for best, own in (rows, columns)),
+)
+
+
 def contrastive_loss(
     image: jax.Array,
     text: jax.Array,
@@ -104,8 +118,7 @@ def contrastive_loss(
     Raises:
         InputError: an unknown form or axis, or rows that the devices do not divide.
     """
-    if form not in FORMS:
-        raise InputError("contrastive: " + unknown("form", form, FORMS))
+    _check_form(form)
     if form == "dense":
         if logit_bias is None:
             return clip_loss(image, text, logit_scale, mask)
@@ -115,6 +128,39 @@ def contrastive_loss(
     mask = jnp.ones(len(image), bool) if mask is None else jnp.asarray(mask)
     each = _each(kind, image, text, scale, bias, mask != 0, form, block, batch_axes(len(image), axes))
     return masked_mean(jnp.where(mask != 0, each, 0), mask)
+
+
+def recall(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """How often the partner, on the diagonal of `(B, B)`, scores more than any other of its row; `mask (B,)`: who exists."""
+    (best, own), _ = _best(scores, jnp.eye(len(scores), dtype=bool), mask[:, None] & mask)
+    return masked_mean((own > best).astype(jnp.float32), mask)
+
+
+def contrastive_recall(
+    image: jax.Array,
+    text: jax.Array,
+    mask: jax.Array,
+    form: str = "dense",
+    block: int = BLOCK,
+    axes: Sequence[str] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`recall` of images' texts and of texts' images, without a gradient. Arguments are those of `contrastive_loss`, mask a bool.
+
+    Gathered or in a ring, scores are made once more: a fifth matrix product beside the four of the ring's loss and gradient.
+    """
+    _check_form(form)
+    image, text = jax.lax.stop_gradient((image, text))
+    if form == "dense":
+        scores = similarity(image, text)
+        return recall(scores, mask), recall(scores.T, mask)
+    scale, bias = jnp.float32(1), jnp.float32(0)
+    forth, back = _each(BEST, image, text, scale, bias, mask, form, block, batch_axes(len(image), axes))
+    return masked_mean(forth, mask), masked_mean(back, mask)
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise InputError("contrastive: " + unknown("form", form, FORMS))
 
 
 def _each(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mmx.contrastive import contrastive_loss
+from mmx.contrastive import contrastive_loss, contrastive_recall
 from mmx.errors import InputError
 from mmx.parallel import MeshConfig, batch_sharding, make_mesh
 
@@ -62,6 +62,23 @@ def test_weights_have_the_dense_gradient(rng, form):
     )
     np.testing.assert_allclose(found, dense, atol=1e-6)
     assert np.abs(dense).max() > 1e-3
+
+
+@pytest.mark.parametrize("mesh", ["one", "two"])
+@pytest.mark.parametrize(("form", "block"), [("dense", 8), ("gather", 8), ("ring", 8), ("ring", 3)])
+def test_partners_are_found_both_ways_in_every_form(rng, form, block, mesh):
+    """As argmax finds them; where all vectors are one, nobody is found."""
+    image, noise = vectors(rng)
+    text, mask = 0.3 * image + noise, rng.random(32) < 0.7
+    here = np.flatnonzero(mask)
+    scores = image[here] @ text[here].T
+    expected = [np.mean(s.argmax(1) == np.arange(len(here))) for s in (scores, scores.T)]
+    assert 0.1 < expected[0] != expected[1] > 0.1
+    with jax.set_mesh(make_mesh(MESHES[mesh] or MeshConfig(), jax.devices()[: 8 if MESHES[mesh] else 1])):
+        found = jax.jit(lambda *x: contrastive_recall(*x, form, block))(image, text, mask)
+        same = jax.jit(lambda x: contrastive_recall(x, x, mask, form, block))(jnp.ones((32, 16)) / 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert not np.any(same)
 
 
 @pytest.fixture
