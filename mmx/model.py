@@ -16,7 +16,7 @@ from mmx.layers.stack import shapes_only, sow_states
 from mmx.modalities.masking import token_mask
 from mmx.topologies import Stage, make_topology
 from mmx.topologies.stage import change_block, check_names, fill_block
-from mmx.types import Batch, Masked, Outputs, Scored, Streams, Tokens
+from mmx.types import Batch, Masked, Outputs, Params, Scored, Streams, Tokens
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv 2103.00020, 2.5
 
@@ -35,7 +35,8 @@ class MultimodalTransformer(nn.Module):
         projections: modality -> what leads its vector into the shared space; if not named, a `Projection` without bias.
         logit_scale: first value of the shared space's inverse temperature; None: there is none.
         logit_bias: first value of what a sigmoid loss adds to similarities; None: there is none.
-        max_logit_scale: the most that inverse temperature may be; None: no limit, as in the forward pass of published models.
+        max_logit_scale: the most that inverse temperature may be, in the forward pass and after an update; None: no limit, as in
+            the forward pass of published models.
     """
 
     modalities: Mapping[str, nn.Module]
@@ -97,10 +98,17 @@ class MultimodalTransformer(nn.Module):
         scale = None
         if self.logit_scale is not None:
             scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale)), ())
-            scale = jnp.exp(scale)
-            scale = scale if self.max_logit_scale is None else jnp.minimum(scale, self.max_logit_scale)
+            scale = jnp.exp(scale + jax.lax.stop_gradient(self._limited(scale) - scale))  # the gradient passes the limit
         bias = None if self.logit_bias is None else self.param("logit_bias", nn.initializers.constant(self.logit_bias), ())
         return Outputs(streams, pooled, embeddings, logits, scale, bias, scored)
+
+    def within_limits(self, params: Params) -> Params:
+        """Parameters after an update, the inverse temperature's at most at its limit: from there it comes back with the next
+        gradient. open_clip does so too; a limit in the forward pass alone would let the parameter run away above it."""
+        return {name: self._limited(x) if name == "logit_scale" else x for name, x in params.items()}
+
+    def _limited(self, log_scale: jax.Array) -> jax.Array:
+        return log_scale if self.max_logit_scale is None else jnp.minimum(log_scale, math.log(self.max_logit_scale))
 
     def _pool(self, name: str, tokens: Tokens, batch: Batch) -> jax.Array:
         if name not in self.poolers:

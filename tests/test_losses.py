@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmx import losses
+from mmx.parallel import MeshConfig, batch_sharding, make_mesh
 
 
 def unit(rng, *shape):
@@ -64,6 +65,42 @@ def test_sigmoid_loss_equals_numpy(rng, mask):
     expected = np.log1p(np.exp(-logits * (2 * np.eye(len(rows)) - 1))).sum() / max(len(rows), 1)
     value = losses.sigmoid_loss(image, text, 3.0, -2.0, None if mask is None else jnp.array(mask))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+WEIGHTS = np.asarray([2, 0, 0.5, 1, 0], "f")
+WEIGHTED = np.flatnonzero(WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "symmetric_cross_entropy", "sigmoid_loss", "batch_ranking_loss"])
+def test_rows_are_left_out_or_count_by_their_weights(rng, name):
+    """What has no weight is not there; what has any is a negative like all, and counts in the mean by its weight."""
+    image, text = unit(rng, 2, 5, 4)
+    scores = 3.0 * image[WEIGHTED] @ text[WEIGHTED].T - (1.0 if name == "sigmoid_loss" else 0.0)
+    own, others = np.diagonal(scores)[:, None], ~np.eye(3, dtype=bool)
+    if name == "sigmoid_loss":
+        each = np.log1p(np.exp(np.where(others, scores, -scores))).sum(1)
+    elif name == "batch_ranking_loss":
+        each = sum(np.maximum(0.3 + s - own, 0)[others].reshape(3, 2).mean(1) for s in (scores, scores.T)) / 2
+    else:
+        each = sum(numpy_cross_entropy(s, np.arange(3)) for s in (scores, scores.T)) / 2
+    whole = 3.0 * image @ text.T
+    found = {
+        "clip_loss": lambda: losses.clip_loss(image, text, 3.0, WEIGHTS),
+        "symmetric_cross_entropy": lambda: losses.symmetric_cross_entropy(whole, whole.T, WEIGHTS),
+        "sigmoid_loss": lambda: losses.sigmoid_loss(image, text, 3.0, -1.0, WEIGHTS),
+        "batch_ranking_loss": lambda: losses.batch_ranking_loss(whole, whole.T, 0.3, WEIGHTS),
+    }[name]()
+    np.testing.assert_allclose(found, np.average(each, weights=WEIGHTS[WEIGHTED]), rtol=1e-5)
+
+
+def test_a_teachers_rows_and_matched_pairs_count_by_their_weights(rng):
+    scores = rng.standard_normal((4, 5, 7)).astype("f")
+    each = [losses.momentum_contrastive_loss(*scores, 0.4, np.arange(5) == i) for i in WEIGHTED]
+    found = losses.momentum_contrastive_loss(*scores, 0.4, WEIGHTS)
+    np.testing.assert_allclose(found, np.average(each, weights=WEIGHTS[WEIGHTED]), rtol=1e-5)
+    distance, matched = np.asarray([0.5, 9, 0.25, 2, 9], "f"), np.asarray([1, 1, 0, 1, 0], bool)
+    for weights, expected in ((WEIGHTS, (2 * 0.5 - 0.5 * 0.25 + 2) / 3.5), (WEIGHTS != 0, (0.5 - 0.25 + 2) / 3)):
+        np.testing.assert_allclose(losses.word_region_alignment_loss(distance, matched, weights), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -176,6 +213,37 @@ def test_late_interaction_asks_token_by_token(rng):
     assert not np.any(nobody[0]) and not np.any(nobody[1])
 
 
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_late_interaction_block_by_block_is_that_of_one(rng, block):
+    """Eight images, whole blocks or not."""
+    image, text, weights = unit(rng, 8, 4, 3), unit(rng, 5, 6, 3), rng.standard_normal((2, 8, 5)).astype("f")
+    regions, words = np.arange(4) < rng.integers(0, 5, 8)[:, None], np.arange(6) < rng.integers(1, 7, 5)[:, None]
+
+    def total(image, text, block=None):
+        to_text, to_image = losses.late_interaction(image, text, regions, words, block)
+        return (to_text * weights[0] + to_image.T * weights[1]).sum(), (to_text, to_image)
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), step(image, text), step(image, text, block))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_late_interaction_holds_the_scores_of_a_block(devices):
+    """Compiled memory of value and gradient, on each device: that of one block, which by default has at most so many scores."""
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    side = jax.ShapeDtypeStruct((64 * devices, 64, 4), jnp.float32, sharding=batch_sharding(mesh))
+
+    def held(block):
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.grad(lambda a, b: sum(x.sum() for x in losses.late_interaction(a, b, block=block)), (0, 1)))
+            return step.lower(side, side).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 64 * 64 * devices * 64 * 64  # of a device's images and all texts, in bytes
+    whole, half, few, default = held(64), held(32), held(4), held(None)
+    assert whole > scores and half < 0.6 * whole and few < 0.08 * whole
+    assert default == (whole if scores <= 4 * losses.contrasting.TOKEN_SCORES else held(64 // devices))
+
+
 def test_hard_negatives_are_others_that_exist_and_follow_the_scores(rng):
     scores, mask = np.asarray([[9, 2, 0, 5], [0, 9, 0, 5], [0, 0, 9, 5], [0, 0, 0, 9]], "f"), np.asarray([1, 1, 1, 0], bool)
     chosen = np.stack([losses.hard_negatives(scores, jax.random.key(i), mask) for i in range(400)])
@@ -217,6 +285,22 @@ def test_a_clip_without_a_text_is_not_asked(rng):
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[2:4].any()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_middle_clip_of_a_bag_is_asked_for_texts_that_exist(rng, weighted):
+    """Two bags of three clips with two texts each. The middle clip of the second has one text left of the bag's six."""
+    scores, mask = rng.standard_normal((12, 6)).astype("f"), rng.random((12, 6)) < 0.8
+    mask[6:, 4], mask[9, 4] = False, True
+    mask = np.where(mask, 0.1 + rng.random((12, 6)), 0).astype("f") if weighted else mask
+    e, each, counts = np.where(mask != 0, np.exp(scores), 0), [], []
+    for clip, bag in ((1, slice(0, 6)), (4, slice(6, 12))):
+        own_clips = slice(clip - 1, clip + 2)
+        elsewhere = np.delete(e, own_clips, 1).reshape(12, 3)
+        outside = e[:, clip].sum() - e[bag, clip].sum() + elsewhere[2 * clip : 2 * clip + 2].sum()
+        each.append(-np.log(e[bag, clip].sum() / (e[bag, clip].sum() + outside)))
+        counts.append(float(mask[bag, clip].max()))
+    np.testing.assert_allclose(losses.mil_nce_loss(scores, 3, mask), np.average(each, weights=counts), rtol=1e-5)
+
+
 def test_distillation_reaches_its_teacher_and_gives_it_no_gradient(rng):
     teacher, student = rng.standard_normal((2, 3, 5)).astype("f"), rng.standard_normal((2, 3, 5)).astype("f")
     soft = jax.nn.softmax
@@ -242,6 +326,7 @@ B, L, V, D = 6, 4, 7, 5
 MASK = np.arange(L) < np.asarray([4, 3, 2, 4, 1, 4])[:, None]
 ROWS = np.asarray([1, 1, 0, 1, 1, 1], bool)
 LABELS = np.arange(B * L).reshape(B, L) % V
+BELIEVED = np.sin(np.arange(B * 9.0, dtype=np.float32)).reshape(B, 9)
 NAMED = (np.arange(L) == np.asarray([0, 2, 1, 3, 0, 2])[:, None]) * 0.7
 
 
@@ -270,13 +355,13 @@ GRADIENTS = {  # name: the loss of what has a gradient, and that, each by its sh
     "symmetric_cross_entropy": (lambda a, b: losses.symmetric_cross_entropy(a, b, ROWS), [(normal, B, B), (normal, B, B)]),
     "clip_loss": (lambda a, b: losses.clip_loss(a, b, 3.0, ROWS), [(unit, B, D), (unit, B, D)]),
     "sigmoid_loss": (lambda a, b: losses.sigmoid_loss(a, b, 3.0, -1.0, ROWS), [(unit, B, D), (unit, B, D)]),
-    "momentum_contrastive_loss": (lambda a, b: losses.momentum_contrastive_loss(a, b, a[::-1], b[::-1] * 0, 0.0, ROWS), [(normal, B, 9), (normal, B, 9)]),
+    "momentum_contrastive_loss": (lambda a, b: losses.momentum_contrastive_loss(a, b, BELIEVED, BELIEVED[::-1], 0.4, ROWS), [(normal, B, 9), (normal, B, 9)]),
     "mil_nce_loss": (lambda s: losses.mil_nce_loss(s, 1, np.repeat(ROWS, 2)[:, None] & ROWS), [(normal, 2 * B, B)]),
     "late_interaction": (lambda a, b: losses.late_interaction(a, b, MASK, MASK[::-1])[1], [(unit, B, L, 3), (unit, B, L, 3)]),
     "ranking_loss": (losses.ranking_loss, [(normal, B), (normal, B)]),
     "batch_ranking_loss": (lambda a, b: losses.batch_ranking_loss(a, b, 0.3, ROWS), [(normal, B, B), (normal, B, B)]),
     "grounding_loss": (lambda s: losses.grounding_loss(s, NAMED, MASK), [(normal, B, L)]),
-    "word_region_alignment_loss": (lambda d: losses.word_region_alignment_loss(d, ROWS, ROWS | True), [(normal, B)]),
+    "word_region_alignment_loss": (lambda d: losses.word_region_alignment_loss(d, np.arange(B) > 1, ROWS), [(normal, B)]),
     "cosine_cost": (lambda a, b: losses.cosine_cost(a, b, MASK, MASK[::-1]), [(normal, B, L, D), (normal, B, L, D)]),
     "distillation_loss": (lambda s: losses.distillation_loss(s, np.sin(np.arange(V)) + jnp.zeros((B, V)), 2.0), [(normal, B, V)]),
     "cosine_distance": (losses.cosine_distance, [(normal, B, D), (normal, B, D)]),
@@ -287,6 +372,24 @@ GRADIENTS = {  # name: the loss of what has a gradient, and that, each by its sh
     "masked_mean": (lambda x: losses.masked_mean(x, ROWS), [(normal, B)]),
 }  # fmt: skip
 OTHERS = {"region_labels", "hard_negatives", "transport_plan", "transport_distance"}  # choices, and a plan that is held fixed
+
+
+def test_what_is_held_fixed_has_no_gradient(rng):
+    """A teacher's scores, and the plan of transport: the gradient is the finite difference along the plan of the start."""
+    scores = normal(rng, 4, B, 9)
+    gradient = jax.grad(lambda x: losses.momentum_contrastive_loss(*x, 0.4, ROWS))(scores)
+    assert np.abs(gradient[:2]).max() > 1e-3 and not np.any(gradient[2:])
+
+    text, image, there = normal(rng, B, L, D), normal(rng, B, L, D), (MASK, MASK[::-1])
+    plan = losses.transport_plan(losses.cosine_cost(text, image, *there), *there)
+    slopes = jax.grad(lambda a, b: losses.transport_distance(a, b, *there).sum(), (0, 1))(text, image)
+    for _ in range(3):
+        steps = 1e-3 * normal(rng, 2, B, L, D)
+        up, down = (
+            (losses.cosine_cost(text + sign * steps[0], image + sign * steps[1], *there) * plan).sum() for sign in (1, -1)
+        )
+        expected = sum(float((g * s).sum()) for g, s in zip(slopes, steps, strict=True))
+        np.testing.assert_allclose((up - down) / 2, expected, rtol=2e-2, atol=2e-5)
 
 
 def test_every_loss_is_among_them():

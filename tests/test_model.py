@@ -1,10 +1,12 @@
 """Models: any subset of modalities, any topology, clear errors."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import mmx
@@ -13,7 +15,11 @@ from mmx.heads import Classifier, Pooler, Reconstruction, TiedDecoder, TokenClas
 from mmx.layers import BlockConfig
 from mmx.modalities import Ids, Patches
 from mmx.model import abstract_params
+from mmx.objectives import Objective
+from mmx.objectives.objective import reading
+from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import TOPOLOGIES, cross_attention, early_concatenation
+from mmx.train import Task, make_state, train_step
 from mmx.types import Tokens
 
 
@@ -127,6 +133,46 @@ def test_embeddings_can_be_left_out(inputs):
     model = build(logit_scale=None)
     out = shapes(model, inputs)
     assert out.embeddings and out.logit_scale is None and "logit_scale" not in abstract_params(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull(Objective):
+    """Pushes the inverse temperature up or down, as the batch's text says."""
+
+    def views(self):
+        return (reading("text"),)
+
+    def select(self, outputs, batch):
+        return {"scale": jnp.broadcast_to(outputs[0].logit_scale, len(batch["text"])), "up": batch["text"][:, 0] > 0}
+
+    def loss(self, values, memory=None):
+        scale = values["scale"].mean()
+        return jnp.where(values["up"].all(), -scale, scale), {"pull/scale": scale}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_temperature_comes_back_from_its_limit(one_device, parts):
+    """One that starts above is used as the limit and falls at once; one that is pushed up stays there, and falls at once too."""
+    model = mmx.build_model({"text": Ids(20, 6)}, width=8, depth=2, heads=2)
+    params = jax.jit(model.init)(jax.random.key(0), mmx.example_batch(model))["params"]
+    mesh, optimizer = make_mesh(MeshConfig(), one_device), optax.sgd(1e-4)
+    state, _ = make_state(model, optimizer, True, 0, mesh, {**params, "logit_scale": jnp.log(120.0)})
+    task = Task(model, {"pull": Pull()})
+    one = functools.partial(train_step, task=task, optimizer=optimizer, schedule=lambda _: 1e-4, ema=0.5, parts=parts)
+    step = jax.jit(one)
+    used, kept, averages = [], [], []
+    for up in (0, 0, 1, 1, 1, 1, 1, 0, 0):
+        state, metrics = step(state, {"text": jnp.full((2, 6), up)})
+        used.append(float(metrics["pull/scale"]))
+        kept.append(float(jnp.exp(state.params["logit_scale"])))
+        averages.append(float(jnp.exp(state.ema["logit_scale"])))
+    np.testing.assert_allclose([*used[:2], kept[0], *kept[3:7], used[7]], 100, rtol=1e-6)
+    assert kept[1] < 99.5 and kept[8] < kept[7] < 99.5
+    assert 100 < averages[0] < 119 and averages[6] < 101
+    free = model.clone(max_logit_scale=None)
+    high = {"params": {**params, "logit_scale": jnp.log(120.0)}}
+    np.testing.assert_allclose(free.apply(high, {"text": jnp.ones((2, 6), int)}).logit_scale, 120, rtol=1e-5)
+    assert free.within_limits(high["params"]) == high["params"]
 
 
 def test_streams_may_be_pooled_before_the_last_stage(inputs):

@@ -149,6 +149,8 @@ def test_ranking_asks_that_a_partner_scores_more_by_the_margin(rng):
     np.testing.assert_allclose(loss, np.maximum(short, 0).mean(), rtol=1e-5)
     best = [scores[i, here].argmax() == here.index(i) for i in here]
     np.testing.assert_allclose(metrics["contrastive/recall"], np.mean(best), rtol=1e-6)
+    best = [scores[here, i].argmax() == here.index(i) for i in here]
+    np.testing.assert_allclose(metrics["contrastive/recall_back"], np.mean(best), rtol=1e-6)
 
 
 @pytest.mark.parametrize("films", [("film",), ("film", "film/later")])
@@ -165,8 +167,12 @@ def test_any_text_of_a_clip_is_found(rng, films):
             if there[film][i] and any((name, i) in each for name in texts):
                 found.append(max(each, key=lambda text: x[film][i] @ x[text[0]][text[1]])[1] == i)
     objective = Contrastive((*films, *texts), kind="mil_nce")
-    np.testing.assert_allclose(objective.loss(values)[1]["contrastive/recall"], np.mean(found), rtol=1e-6)
+    metrics = objective.loss(values)[1]
+    np.testing.assert_allclose(metrics["contrastive/recall"], np.mean(found), rtol=1e-6)
     assert 0 < np.mean(found) < 1
+    clips = [(film, i) for film in films for i in range(6) if there[film][i]]
+    back = [max(clips, key=lambda c: x[c[0]][c[1]] @ x[n][i])[1] == i for n, i in each if any((f, i) in clips for f in films)]
+    np.testing.assert_allclose(metrics["contrastive/recall_back"], np.mean(back), rtol=1e-6)
 
 
 def test_a_sigmoid_asks_of_every_pair_in_any_form(tiny, batch):
@@ -180,9 +186,9 @@ def test_a_sigmoid_asks_of_every_pair_in_any_form(tiny, batch):
 
     def value(form, kind="sigmoid"):
         mine = {"contrastive": Contrastive(kind=kind, form=form)}
-        return lambda p: objectives.total_loss(mine, objectives.forward(mine, model, p, batch, None))[0]
+        return lambda p: objectives.total_loss(mine, objectives.forward(mine, model, p, batch, None))
 
-    dense, ring = (jax.jit(jax.value_and_grad(value(form)))(params) for form in ("dense", "ring"))
+    dense, ring = (jax.jit(jax.value_and_grad(value(form), has_aux=True))(params) for form in ("dense", "ring"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), dense, ring)
     assert np.abs(ring[1]["logit_bias"]) > 1e-3
     with pytest.raises(InputError, match="set model.logit_bias to -10"):

@@ -1,7 +1,8 @@
 """Losses: pure functions of float32 arrays. One function, one idea; each says its shapes and its source.
 
 Those of tokens or examples return one number for each, `(...)`, in nats; `masked_mean` brings them together, by a mask or by
-weights. Those that compare the examples of a batch with each other return the mean, and take a mask of the rows that count.
+weights. Those that compare the examples of a batch with each other return the mean, and take a mask of the rows or their weights:
+a row of weight 0 is neither partner nor negative, any other is a negative like all, and counts in the mean by its weight.
 """
 
 from mmx.losses.alignment import (

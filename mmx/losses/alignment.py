@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmx.losses.scores import LOWEST, masked_mean
+from mmx.losses.scores import LOWEST, Rows, masked_mean
 
 
 def grounding_loss(
@@ -26,11 +26,11 @@ def grounding_loss(
 
 
 def word_region_alignment_loss(
-    distance: Float[Array, "B"], matched: Bool[Array, "B"], mask: Bool[Array, "B"] | None = None
+    distance: Float[Array, "B"], matched: Bool[Array, "B"], mask: Rows | None = None
 ) -> Float[Array, ""]:
     """Brings the tokens of what belongs together near and of what does not apart, by `transport_distance` (UNITER's WRA).
 
-    The mean over the pairs that exist, by `mask (B,)`; 0 where there is none.
+    The mean over the pairs that exist, by `mask (B,)` or their weights; 0 where there is none.
     """
     return masked_mean(jnp.where(matched, distance, -distance), jnp.ones(distance.shape) if mask is None else mask)
 

@@ -6,9 +6,10 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Scalar: TypeAlias = Float[Array, ""] | float
+Rows: TypeAlias = Bool[Array, "B"] | Float[Array, "B"]  # which rows of a batch count, or how much each does; 0: it is not there
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 

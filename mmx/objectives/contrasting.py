@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmx.contrastive import contrastive_loss
+from mmx.contrastive import contrastive_loss, contrastive_recall, recall
 from mmx.errors import InputError, at_least
 from mmx.heads import TokenClassifier, stream_of
 from mmx.losses import (
@@ -151,11 +151,17 @@ class Contrastive(Objective):
         pairs = list(itertools.combinations(self.modalities, 2))
         losses = [self._of_pair(a, b, values, scalars, memory) for a, b in pairs]
         metrics = dict(scalars)
-        if self.form == "dense":  # elsewhere the scores are never held at once
-            a, b = pairs[0]
-            scores, _ = self._scores(values["embeddings"][a], values["embeddings"][b])
-            metrics["contrastive/recall"] = _recall(scores, values["present"][a] & values["present"][b])
+        metrics["contrastive/recall"], metrics["contrastive/recall_back"] = self._recall(*pairs[0], values)
         return jnp.stack(losses).mean(), metrics
+
+    def _recall(self, a: str, b: str, values: Any) -> tuple[jax.Array, jax.Array]:
+        """How often the partner of an a scores more than any other b, and the other way round."""
+        x, y = values["embeddings"][a], values["embeddings"][b]
+        both = values["present"][a] & values["present"][b]
+        if not self.tokens:
+            return contrastive_recall(x, y, both, self.form)
+        forth, back = self._scores(x, y)
+        return recall(forth, both), recall(back, both)
 
     def _of_pair(self, a: str, b: str, values: Any, scalars: Any, memory: Any) -> jax.Array:
         x, y = values["embeddings"][a], values["embeddings"][b]
@@ -188,9 +194,13 @@ class Contrastive(Objective):
         of_clip, of_text = (
             jnp.arange(len(x)) // len(entries) for (x, _), entries in zip((clips, texts), self._bags, strict=True)
         )
-        best = of_text[jnp.where(both, scores, LOWEST).argmax(0)] == of_clip
-        asked = (both & (of_text[:, None] == of_clip)).any(0)
-        return loss, {**scalars, "contrastive/recall": masked_mean(best.astype(jnp.float32), asked)}
+        there, own = jnp.where(both, scores, LOWEST), both & (of_text[:, None] == of_clip)
+        forth, back = of_text[there.argmax(0)] == of_clip, of_clip[there.argmax(1)] == of_text
+        return loss, {
+            **scalars,
+            "contrastive/recall": masked_mean(forth.astype(jnp.float32), own.any(0)),
+            "contrastive/recall_back": masked_mean(back.astype(jnp.float32), own.any(1)),
+        }
 
     def _with_teacher(self, a: str, b: str, both: jax.Array, values: Any, scale: jax.Array, memory: Any) -> jax.Array:
         own, taught = values["embeddings"], values["teacher"]
@@ -223,9 +233,3 @@ class Contrastive(Objective):
 
 def _head(modality: str) -> str:
     return f"tokenwise_{modality}"
-
-
-def _recall(scores: jax.Array, both: jax.Array) -> jax.Array:
-    """How often the partner has the highest score of its row."""
-    best = jnp.where(both[None], scores, LOWEST).argmax(1) == jnp.arange(len(scores))
-    return masked_mean(best.astype(jnp.float32), both)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmx.errors import InputError, unknown
 
@@ -113,6 +113,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """How many parts the batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts the batch is split into; 1 where no mesh is set."""
+    return math.prod(size for axis, size in mesh.shape.items() if axis in RULES["batch"])
+
+
+def batch_axes(rows: int, axes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The axes of the current mesh that split a batch of so many rows; none where no mesh is set.
+
+    Args:
+        rows: of the batch.
+        axes: their names, on a mesh that is not mmx's own.
+
+    Raises:
+        InputError: the mesh does not have them, or their devices do not divide the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty and axes is None:
+        return ()
+    names = RULES["batch"] if axes is None else tuple(axes)
+    if mesh.empty:
+        raise InputError(f"axes={names}: no mesh is set; enter one, `with jax.set_mesh(mesh):`")
+    for name in names:
+        if name not in mesh.shape:
+            hint = "; name those of the batch by axes=" if axes is None else ""
+            raise InputError(f"axes={names}: {unknown('mesh axis', name, mesh.shape)}{hint}")
+    if rows % (devices := math.prod(mesh.shape[name] for name in names)):
+        raise InputError(
+            f"a batch of {rows} rows cannot be split over {devices} devices, mesh axes {names}; take a multiple of {devices} rows"
+        )
+    return names

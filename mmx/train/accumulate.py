@@ -86,8 +86,7 @@ def part_sizes(rows: int, parts: int | Sequence[int]) -> tuple[int, ...]:
     """
     if parts == 1:
         return (rows,)
-    mesh: Any = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else batch_parts(mesh)
+    devices = batch_parts(jax.sharding.get_abstract_mesh())
     if isinstance(parts, int):
         each, more = divmod(rows // devices, max(parts, 1))
         sizes = tuple(devices * (each + (part < more)) for part in range(parts))

@@ -101,7 +101,7 @@ def train_step(
 
     def move(state: TrainState, grads: Params) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = task.model.within_limits(optax.apply_updates(state.params, updates))
         return dataclasses.replace(state, params=params, opt_state=opt_state, ema=_average(state, params, ema), memory=memory)
 
     # A branch, and not a choice between old and new numbers, which would need both at once: memory and three times the time.
