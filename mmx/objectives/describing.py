@@ -16,7 +16,7 @@ from mmx.modalities import Ids
 from mmx.modalities.embedder import GROUP
 from mmx.modalities.masking import modality_of, token_mask, unmask
 from mmx.model import MultimodalTransformer
-from mmx.objectives.masking import Mask
+from mmx.objectives.hiding import Mask
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, total
 from mmx.objectives.views import View
 from mmx.types import Batch, Masked, Metrics, Outputs
