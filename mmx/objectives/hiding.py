@@ -13,6 +13,7 @@ import numpy as np
 
 from mmx.errors import InputError
 from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier
+from mmx.losses import region_labels
 from mmx.modalities import Features, Ids
 from mmx.modalities.embedder import HIDDEN, KEPT
 from mmx.modalities.masking import WORDS, hide, modality_of
@@ -22,8 +23,10 @@ from mmx.objectives.masks import Unit
 from mmx.topologies import Sum
 from mmx.types import Batch, Masked
 
-Answer = Literal["content", "normalised", "huber", "contrast", "classes", "distribution"]
+Answer = Literal["nothing", "content", "normalised", "huber", "contrast", "classes", "likeliest", "distribution"]
+LABELLED = ("classes", "likeliest", "distribution")  # what a label tells
 EPS = 1e-12  # of the norm in a head (BERT)
+CLOSE = 0.01  # how far the sum of a distribution may be from 1: detectors store theirs in half precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +43,18 @@ class Mask:
     average); a region and those that overlap it; a block of patches; a tube (the same places in all frames); a frame; or all of
     an example's modality."""
     answer: Answer = "content"
-    """What is asked: content (the id; or the numbers, by their squared distance); normalised (numbers of mean 0 and variance 1
-    within a token: MAE); huber (LXMERT); contrast (which of its own tokens it was: CPC, wav2vec 2.0); classes or distribution
-    (`target` tells them: visual codes, what a detector saw)."""
+    """What is asked: nothing (another objective asks of the same pass); content (the id; or the numbers, by their squared
+    distance); normalised (numbers of mean 0 and variance 1 within a token: MAE); huber (LXMERT); contrast (which of its own
+    tokens it was: CPC, wav2vec 2.0); or what `target` tells: classes (visual codes), a distribution (what a detector saw), or the
+    likeliest class of one but for 0, the background (UNITER's MRC)."""
     target: str = ""
-    """The name among data.labels of the classes (B, L) or distributions (B, L, classes), which the batch holds as label/NAME."""
+    """The name among data.labels of the classes (B, L) or distributions (B, L, classes), which the batch holds as label/NAME. Of
+    a token with the class -1, or with a row that is zero or not a number, nothing is asked."""
     classes: int = 0
     """How many classes there are."""
+    confidence: str = ""
+    """The name among data.labels of what each token's answer counts, (B, L), such as a detector's confidence (LXMERT); empty: all
+    count alike."""
     mask_id: int | None = None
     """The id that stands for a hidden one ([MASK]); None: the learned mask token of the embedder."""
     replaced: tuple[float, float] | None = None
@@ -69,22 +77,23 @@ class Mask:
             raise InputError(f"mask: rate={self.rate}; it is a share, more than 0 and at most 1 (less than 1 with drop)")
         if self.replaced is not None and (min(self.replaced) < 0 or sum(self.replaced) > 1 + 1e-9):
             raise InputError(f"mask: replaced={self.replaced}; these are shares with a sum of at most 1, such as (0.8, 0.1)")
-        if (self.answer in ("classes", "distribution")) != bool(self.target and self.classes):
+        if (self.answer in LABELLED) != bool(self.target and self.classes):
             raise InputError(
-                f"mask: answer={self.answer!r} with target={self.target!r}, classes={self.classes}; answers of classes or a "
-                f"distribution need both, and others neither"
+                f"mask: answer={self.answer!r} with target={self.target!r}, classes={self.classes}; {', '.join(LABELLED)} need "
+                f"both, and other answers neither"
             )
         if self.drop and self.unit in ("word", "span", "region", "modality"):
             raise InputError(f"mask: unit={self.unit!r} hides now more tokens, now fewer; drop wants as many of each example")
 
     def head_of(self, name: str) -> str:
         """The head that answers."""
-        kind = "" if self.answer in ("content", "normalised", "huber") else f"_{self.answer}"
+        kind = "" if self.answer in ("content", "normalised", "huber") else f"_{self.target or self.answer}"
         return self.head or f"{'left' if self.drop else 'masked'}_{modality_of(name)}{kind}"
 
     def entry(self, name: str) -> str:
-        """The entry of the batch that holds what is left; equal masks of several objectives are one."""
-        return f"{name}/masked-{zlib.crc32(repr(self).encode()):08x}"
+        """The entry of the batch that holds what is left: one for all that hide alike, whatever they ask."""
+        how = (self.rate, self.unit, self.mask_id, self.replaced, self.spare, self.drop)
+        return f"{name}/masked-{zlib.crc32(repr(how).encode()):08x}"
 
     def form(self, embedder: Any) -> tuple[int, bool]:
         """How many numbers, ids or classes an answer has to do with, and whether it is one of them and not all."""
@@ -128,7 +137,7 @@ class Mask:
             )
 
     def apply(self, name: str, batch: Batch, embedder: Any, key: jax.Array) -> Batch:
-        """Adds to the batch what is left of an entry, what is hidden `(B, L)`, and what stood there."""
+        """Adds to the batch what is left of an entry, what is hidden `(B, L)` and what stood there; once for all that hide so."""
         entry, raw = self.entry(name), batch[name]
         if entry in batch:
             return batch
@@ -147,18 +156,43 @@ class Mask:
             changed = self._replace(fields, hidden, content, embedder, kind_key, id_key)
         keep = isinstance(raw, Masked) and raw.keep
         left_over = changed if mask is None else Masked(changed, mask, keep)
-        asked = self._target(name, batch, there.shape) if self.target else content
-        return {**batch, entry: left_over, f"{entry}:hidden": hidden, f"{entry}:asked": asked, f"{entry}:there": there}
+        return {**batch, entry: left_over, f"{entry}:hidden": hidden, f"{entry}:asked": content, f"{entry}:there": there}
 
-    def _target(self, name: str, batch: Batch, shape: tuple[int, ...]) -> jax.Array:
-        title, wanted = f"label/{self.target}", shape if self.answer == "classes" else (*shape, self.classes)
+    def asked(self, name: str, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """What is asked of each token, ids or classes `(B, L)` or numbers `(B, L, n)`, and what its answer counts, `(B, L)`, 0 of
+        one of which nothing is asked. What cannot be right becomes no class or no number: see `classified`."""
+        entry = self.entry(name)
+        asked, counts = batch[f"{entry}:asked"], batch[f"{entry}:hidden"]
+        if self.target:
+            asked, counts = self._labelled(name, batch, counts)
+        if self.confidence:
+            sure = self._label(name, "confidence", batch, counts.shape)
+            sure = jnp.where(sure < 0, jnp.nan, jnp.where(jnp.isnan(sure), 0, sure))
+            counts = jnp.where(counts, sure, 0)
+        return asked, counts
+
+    def _labelled(self, name: str, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the label says of each token, and which of those that are hidden it says something of, `(B, L)`."""
+        if self.answer == "classes":  # however they are stored
+            label = self._label(name, "target", batch, hidden.shape)
+            one = jnp.where(label == jnp.round(label), jnp.clip(label, -1, self.classes), self.classes)
+            return one.astype(jnp.int32), hidden & ~jnp.isnan(label) & (label != -1)
+        label = self._label(name, "target", batch, (*hidden.shape, self.classes))
+        told = hidden & ~jnp.isnan(label).any(-1) & (label != 0).any(-1)
+        wrong = told & ((label < 0).any(-1) | (jnp.abs(label.sum(-1) - 1) > CLOSE))
+        if self.answer == "likeliest":
+            return jnp.where(wrong, self.classes, region_labels(label)), told
+        label = jnp.where(told[..., None], label, 0)  # of what is not asked no number reaches the gradient
+        return jnp.where(wrong[..., None], jnp.nan, label), told
+
+    def _label(self, name: str, field: str, batch: Batch, shape: tuple[int, ...]) -> jax.Array:
+        title = f"label/{getattr(self, field)}"
         if title not in batch:
-            raise InputError(f"{name}: target={self.target!r}, but the batch has no entry {title}; name its field in data.labels")
-        asked = batch[title]
-        whole = jnp.all(asked == jnp.round(asked)) if self.answer == "classes" else None
-        if tuple(asked.shape) != wanted:
-            raise InputError(f"{name}: {title} has shape {tuple(asked.shape)}, and answer={self.answer!r} wants {wanted}")
-        return asked if whole is None else jnp.where(whole, asked, -1).astype(jnp.int32)  # numbers of classes, however stored
+            raise InputError(f"{name}: {field} is {title}, and the batch has no such entry; name its field in data.labels")
+        label = jnp.asarray(batch[title], jnp.float32)
+        if label.shape != shape:
+            raise InputError(f"{name}: {title} has shape {label.shape}, and {field} of answer={self.answer!r} wants {shape}")
+        return label
 
     def _draw(
         self, key: jax.Array, there: jax.Array, name: str, batch: Batch, fields: Mapping[str, Any], embedder: Any

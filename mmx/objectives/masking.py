@@ -10,13 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmx.errors import InputError
+from mmx.errors import InputError, at_least
 from mmx.heads import stream_of
 from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss, unit_vectors
+from mmx.modalities import Ids
 from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.hiding import Mask
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified_tokens, reading, total
 from mmx.objectives.views import View, run_views
 from mmx.types import Batch, Metrics, Outputs
 
@@ -36,27 +37,45 @@ class MaskedModelling(Objective):
     teacher: float = 0.0
     """Share in the loss of what the moving average of the model believes of hidden ids and classes (ALBEF, arXiv 2107.07651, 3.3:
     0.4). Its beliefs of all tokens are held at once, (B, L, ids)."""
+    label_smoothing: float = 0.0
+    """Part of the target, where it is an id or a class, that is spread over all of them."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's normaliser, for ids and classes."""
+    chunks: int = 1
+    """Pieces in which the scores of ids are made, read and forgotten; more of them: less memory, where there are many ids."""
 
     def __post_init__(self) -> None:
+        at_least(self, chunks=1, label_smoothing=0, z_loss=0)
         if not 0 <= self.teacher <= 1:
             raise InputError(f"teacher={self.teacher}; it is a share, 0 to 1")
+        if self.teacher and self.chunks > 1:
+            raise InputError(f"chunks={self.chunks} with teacher={self.teacher}, whose beliefs are held at once; set chunks=1")
+
+    @property
+    def _asked(self) -> dict[str, Mask]:
+        """The masks of which something is asked."""
+        return {name: mask for name, mask in self.masks.items() if mask.answer != "nothing"}
 
     @property
     def _taught(self) -> str:
         return f"masking/teacher-{zlib.crc32(repr(self).encode()):08x}"
 
     def check(self, model: MultimodalTransformer) -> None:
-        if not self.masks:
-            raise InputError("masks: nothing is hidden; name a modality, such as {'text': Mask()}")
+        if not self._asked:
+            raise InputError("masks: nothing is asked of what is hidden; name a modality, such as {'text': Mask()}")
+        of_ids = [m for n, m in self._asked.items() if isinstance(model.modalities.get(modality_of(n)), Ids) and not m.classes]
+        if self.chunks > 1 and not of_ids:
+            raise InputError(f"chunks={self.chunks} is of the scores of ids, and no ids are asked; set chunks=1")
         check_entries((*self.masks, *self.given), model)
         for name, mask in self.masks.items():
             mask.check(name, model)
+        for name, mask in self._asked.items():
             check_head(mask.head_of(name), model)
             if self.teacher and not mask.form(model.modalities[modality_of(name)])[1]:
                 raise InputError(f"teacher={self.teacher}: it speaks of ids and classes, and numbers are asked of {name!r}")
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-        return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self.masks.items() if not m.head}
+        return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self._asked.items() if not m.head}
 
     def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
         for i, (name, mask) in enumerate(self.masks.items()):
@@ -67,11 +86,11 @@ class MaskedModelling(Objective):
         if context.average is None:
             raise InputError("the momentum teacher is the moving average of the model; set optimizer.ema, such as 0.995")
         (view,) = self.views()
-        lengths = {name: batch[f"{mask.entry(name)}:hidden"].shape[1] for name, mask in self.masks.items()}
+        lengths = {name: batch[f"{mask.entry(name)}:hidden"].shape[1] for name, mask in self._asked.items()}
 
         def look(batch: Batch) -> dict[str, jax.Array]:
             output = run_views(context.model, context.average, batch, [view], None)[view]
-            said = {n: of_tokens(output, modality_of(n), m.head_of(n), lengths[n], m.drop) for n, m in self.masks.items()}
+            said = {n: of_tokens(output, modality_of(n), m.head_of(n), lengths[n], m.drop) for n, m in self._asked.items()}
             return jax.tree.map(jax.nn.softmax, said)
 
         return {**batch, self._taught: context.ask(look, {entry: batch[entry] for _, entry in view.reads})}
@@ -83,41 +102,41 @@ class MaskedModelling(Objective):
         return (reading(*self.given, *(mask.entry(name) for name, mask in self.masks.items())),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
-        return {name: self._answers(name, mask, outputs[0], batch) for name, mask in self.masks.items()}
-
-    def _losses(self, name: str, logits: jax.Array, asked: jax.Array, hidden: jax.Array, batch: Batch) -> jax.Array:
-        """Of each token `(B, L)`, by its class or a distribution over the classes."""
-        losses = kl_divergence(logits, asked) if asked.ndim == 3 else classified(logits, asked, hidden)
-        if not self.teacher:
-            return losses
-        return (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])
+        return {name: self._answers(name, mask, outputs[0], batch) for name, mask in self._asked.items()}
 
     def _answers(self, name: str, mask: Mask, output: Outputs, batch: Batch) -> dict[str, jax.Array]:
-        entry = mask.entry(name)
-        hidden, asked = batch[f"{entry}:hidden"], batch[f"{entry}:asked"]
-        logits = of_tokens(output, modality_of(name), mask.head_of(name), hidden.shape[1], stripped=mask.drop)
+        asked, counts = mask.asked(name, batch)
+        head = mask.head_of(name)
+        at = places(output, modality_of(name), head, counts.shape[1], stripped=mask.drop)
+        logits = output.logits[head][:, at]
         if asked.ndim == 2 or mask.answer == "distribution":
-            losses = self._losses(name, logits, asked, hidden, batch)
-            right = logits.argmax(-1) == (asked.argmax(-1) if asked.ndim == 3 else asked)
-            return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
+            if asked.ndim == 2:
+                chunks = 1 if mask.classes else self.chunks
+                settings = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+                losses, best = classified_tokens(output, head, at, asked, counts != 0, chunks, **settings)
+            else:
+                losses, best, asked = kl_divergence(logits, asked), logits.argmax(-1), asked.argmax(-1)
+            if self.teacher:
+                losses = (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])
+            return {"loss": _sum(losses, counts), "right": _sum(best == asked, counts), "count": counts.sum(1)}
         asked = asked.astype(jnp.float32)
         if mask.answer == "contrast":
-            there, place = batch[f"{entry}:there"], jnp.arange(hidden.shape[1])
+            there, place = batch[f"{mask.entry(name)}:there"], jnp.arange(counts.shape[1])
             nce = functools.partial(info_nce, labels=place, temperature=mask.temperature)
             losses = jax.vmap(lambda said, keys, there: nce(unit_vectors(said), unit_vectors(keys), key_mask=there))(
                 logits, asked, there
             )
             scores = jnp.einsum("bld,bmd->blm", unit_vectors(logits), unit_vectors(asked))
             right = jnp.where(there[:, None], scores, -jnp.inf).argmax(-1) == place
-            return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
+            return {"loss": _sum(losses, counts), "right": _sum(right, counts), "count": counts.sum(1)}
         asked = normalised_each(asked) if mask.answer == "normalised" else asked
         losses = regression_loss(logits, asked, huber=mask.answer == "huber")
         squares = {"error": jnp.square(logits - asked), "first": asked, "second": jnp.square(asked)}
-        return {"loss": _sum(losses, hidden), "count": hidden.sum(1)} | {n: _sum(x.mean(-1), hidden) for n, x in squares.items()}
+        return {"loss": _sum(losses, counts), "count": counts.sum(1)} | {n: _sum(x.mean(-1), counts) for n, x in squares.items()}
 
     def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
         losses, metrics = [], {}
-        for name, mask in self.masks.items():
+        for name, mask in self._asked.items():
             found, head = values[name], mask.head_of(name)
             count = total(found["count"])
             losses.append(found["loss"].sum() / count)
@@ -133,7 +152,12 @@ class MaskedModelling(Objective):
 
 
 def of_tokens(output: Outputs, modality: str, head: str, length: int, stripped: bool = False) -> jax.Array:
-    """What a head says of the tokens of a modality alone, `(B, length, n)`; special ones in front are cut off."""
+    """What a head says of the tokens of a modality alone, `(B, length, n)`."""
+    return output.logits[head][:, places(output, modality, head, length, stripped)]
+
+
+def places(output: Outputs, modality: str, head: str, length: int, stripped: bool = False) -> slice:
+    """Where a head speaks of the tokens of a modality; special ones stand in front, if they are not `stripped`."""
     stream, said = stream_of(output.streams, modality), output.logits[head]
     if stream is None:
         raise InputError(f"head {head!r}: modality {modality!r} has no stream in this batch")
@@ -141,8 +165,8 @@ def of_tokens(output: Outputs, modality: str, head: str, length: int, stripped: 
     front = len(tokens.special) if not stripped and said.shape[1] == tokens.length else 0
     if said.shape[1] < front + length:
         raise InputError(f"head {head!r} answers {said.shape[1] - front} tokens, and {modality!r} has {length}")
-    return said[:, front : front + length]
+    return slice(front, front + length)
 
 
-def _sum(values: jax.Array, where: jax.Array) -> jax.Array:
-    return jnp.where(where, values, 0).sum(1)
+def _sum(values: jax.Array, counts: jax.Array) -> jax.Array:
+    return jnp.where(counts != 0, values * counts, 0).sum(1)
