@@ -1,6 +1,7 @@
 """Masked modelling, ordering, classification, distillation: what is asked, of whom, and what each refuses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from mmx.objectives import (
 )
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import TOPOLOGIES, Joint, PerStream, Pool
+from mmx.train import Task
+from mmx.train.accumulate import value_and_grad
 from mmx.types import Masked
 
 IMAGE = modalities.Patches((32, 32), (8, 8), mask_token=True)
@@ -640,10 +643,11 @@ def test_an_objective_has_the_same_loss_beside_others(tiny, labelled, name):
     np.testing.assert_allclose(alone[f"loss/{name}"], beside[f"loss/{name}"], rtol=1e-5)
 
 
-def test_padding_is_no_wrong_answer(rng):
+@pytest.mark.parametrize("others", ["example", "batch"])
+def test_padding_is_no_wrong_answer(rng, others):
     """Which of its own features was hidden: those that do not exist are not among them, whatever stands there."""
     things = {"thing": modalities.Features(5, 6, position="learned")}
-    objective = MaskedModelling(masks={"thing": Mask(0.5, answer="contrast")}, given=())
+    objective = MaskedModelling(masks={"thing": Mask(0.5, answer="contrast", others=others)}, given=())
     heads = objectives.needed_heads({"x": objective}, things)
     model = mmx.build_model(things, "early_concatenation", width=16, depth=1, heads=2, outputs=heads)
     features, there = rng.standard_normal((4, 6, 5)).astype("f"), np.arange(6) < np.array([6, 4, 3, 5])[:, None]
@@ -653,7 +657,7 @@ def test_padding_is_no_wrong_answer(rng):
     for (value, _), gradient in found:
         np.testing.assert_allclose(value, found[0][0][0], rtol=1e-5)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
-    whole = {"x": MaskedModelling(masks={"thing": Mask(1.0, answer="contrast")}, given=())}
+    whole = {"x": MaskedModelling(masks={"thing": Mask(1.0, answer="contrast", others=others)}, given=())}
     compiled, three = program(whole, model, gradient=False), np.ones((4, 6), bool) & (np.arange(6) < 3)
     padded, cut = (
         compiled(params, {"thing": raw})[0][0] for raw in (Masked(features, three), Masked(features[:, :3], three[:, :3]))
@@ -812,3 +816,27 @@ def test_objects_attributes_and_features_of_the_same_regions_are_asked_in_one_pa
     np.testing.assert_allclose(alone["loss/features"], metrics["loss/features"], rtol=1e-5)
     with pytest.raises(InputError, match=r"masks: nothing is asked"):
         objectives.check({"x": of(unasked, answer="nothing")}, model)
+
+
+def test_which_of_the_whole_batch_it_was(seen):
+    """Told from all tokens of the batch that exist, also where the batch is taken in parts."""
+    objective = of_thing(answer="contrast", others="batch")
+    model, params = of_regions({"x": objective})
+    out = objective.corrupt(seen, jax.random.key(3), Context(model))
+    entry, there = entry_of(objective, "thing"), seen["thing"].mask
+    hidden = np.asarray(out[f"{entry}:hidden"])
+    said = np.asarray(model.apply({"params": params}, {"thing": out[entry]}).logits["masked_thing_contrast"])
+    said, keys = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (said, seen["thing"].array))
+    scores = said[hidden] @ keys[there].T  # (hidden, those of the batch that exist)
+    own = (np.cumsum(there) - 1).reshape(there.shape)[hidden]
+    expected = -np.asarray(jax.nn.log_softmax(scores / 0.1))[np.arange(len(own)), own].mean()
+    task = Task(model, {"x": objective})
+    step = functools.partial(value_and_grad, task.forward, task.loss)
+    ((value, metrics), whole), ((other, _), parts) = (
+        jax.jit(functools.partial(step, parts=n))(params, out, jax.random.key(0)) for n in (1, 2)
+    )
+    np.testing.assert_allclose((value, other), expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["x"]["masked_thing_contrast/accuracy"], (scores.argmax(1) == own).mean(), rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), whole, parts)
+    with pytest.raises(InputError, match="others='batch' with answer='content'"):
+        Mask(others="batch")

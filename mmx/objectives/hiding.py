@@ -44,7 +44,7 @@ class Mask:
     an example's modality."""
     answer: Answer = "content"
     """What is asked: nothing (another objective asks of the same pass); content (the id; or the numbers, by their squared
-    distance); normalised (numbers of mean 0 and variance 1 within a token: MAE); huber (LXMERT); contrast (which of its own
+    distance); normalised (numbers of mean 0 and variance 1 within a token: MAE); huber (LXMERT); contrast (which of the
     tokens it was: CPC, wav2vec 2.0); or what `target` tells: classes (visual codes), a distribution (what a detector saw), or the
     likeliest class of one but for 0, the background (UNITER's MRC)."""
     target: str = ""
@@ -69,6 +69,9 @@ class Mask:
     """Layers of that decoder."""
     temperature: float = 0.1
     """Of `contrast`."""
+    others: Literal["example", "batch"] = "example"
+    """Of `contrast`: whose tokens it is told from, those of its own example, or of the whole batch (UniVL, HERO), of which the
+    scores of all pairs are held at once."""
     head: str = ""
     """A head that the model has already; empty: one of its own, masked_NAME or, with drop, left_NAME."""
 
@@ -82,6 +85,8 @@ class Mask:
                 f"mask: answer={self.answer!r} with target={self.target!r}, classes={self.classes}; {', '.join(LABELLED)} need "
                 f"both, and other answers neither"
             )
+        if self.others == "batch" and self.answer != "contrast":
+            raise InputError(f"mask: others='batch' with answer={self.answer!r}, which tells it from no others; leave others out")
         if self.drop and self.unit in ("word", "span", "region", "modality"):
             raise InputError(f"mask: unit={self.unit!r} hides now more tokens, now fewer; drop wants as many of each example")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError, at_least
 from mmx.heads import stream_of
-from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss, unit_vectors
+from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss, similarity, unit_vectors
 from mmx.modalities import Ids
 from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
@@ -108,7 +108,7 @@ class MaskedModelling(Objective):
         asked, counts = mask.asked(name, batch)
         head = mask.head_of(name)
         at = places(output, modality_of(name), head, counts.shape[1], stripped=mask.drop)
-        logits = output.logits[head][:, at]
+        logits = output.logits[head][:, at]  # (B, L, n)
         if asked.ndim == 2 or mask.answer == "distribution":
             if asked.ndim == 2:
                 chunks = 1 if mask.classes else self.chunks
@@ -118,17 +118,14 @@ class MaskedModelling(Objective):
                 losses, best, asked = kl_divergence(logits, asked), logits.argmax(-1), asked.argmax(-1)
             if self.teacher:
                 losses = (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])
-            return {"loss": _sum(losses, counts), "right": _sum(best == asked, counts), "count": counts.sum(1)}
+            return _chosen(losses, best == asked, counts)
         asked = asked.astype(jnp.float32)
         if mask.answer == "contrast":
-            there, place = batch[f"{mask.entry(name)}:there"], jnp.arange(counts.shape[1])
-            nce = functools.partial(info_nce, labels=place, temperature=mask.temperature)
-            losses = jax.vmap(lambda said, keys, there: nce(unit_vectors(said), unit_vectors(keys), key_mask=there))(
-                logits, asked, there
-            )
-            scores = jnp.einsum("bld,bmd->blm", unit_vectors(logits), unit_vectors(asked))
-            right = jnp.where(there[:, None], scores, -jnp.inf).argmax(-1) == place
-            return {"loss": _sum(losses, counts), "right": _sum(right, counts), "count": counts.sum(1)}
+            there = batch[f"{mask.entry(name)}:there"]
+            if mask.others == "batch":  # which only `loss` sees
+                return {"said": logits, "keys": asked, "there": there, "counts": counts}
+            losses, right = jax.vmap(functools.partial(_which, temperature=mask.temperature))(logits, asked, there)
+            return _chosen(losses, right, counts)
         asked = normalised_each(asked) if mask.answer == "normalised" else asked
         losses = regression_loss(logits, asked, huber=mask.answer == "huber")
         squares = {"error": jnp.square(logits - asked), "first": asked, "second": jnp.square(asked)}
@@ -138,6 +135,11 @@ class MaskedModelling(Objective):
         losses, metrics = [], {}
         for name, mask in self._asked.items():
             found, head = values[name], mask.head_of(name)
+            if mask.others == "batch":
+                counts = found["counts"]
+                of_all = {n: found[n].reshape(-1, *found[n].shape[2:]) for n in ("said", "keys", "there")}
+                each, right = _which(**of_all, temperature=mask.temperature)
+                found = _chosen(each.reshape(counts.shape), right.reshape(counts.shape), counts)
             count = total(found["count"])
             losses.append(found["loss"].sum() / count)
             if "right" in found:
@@ -166,6 +168,18 @@ def places(output: Outputs, modality: str, head: str, length: int, stripped: boo
     if said.shape[1] < front + length:
         raise InputError(f"head {head!r} answers {said.shape[1] - front} tokens, and {modality!r} has {length}")
     return slice(front, front + length)
+
+
+def _which(said: jax.Array, keys: jax.Array, there: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """Which of the keys that are there each is, `(N, D), (N, D), (N,)`: the loss, and whether the nearest is right, `(N,)`."""
+    said, keys, own = unit_vectors(said), unit_vectors(keys), jnp.arange(len(said))
+    best = jnp.where(there, similarity(said, keys), -jnp.inf).argmax(-1)
+    return info_nce(said, keys, own, temperature, there), best == own
+
+
+def _chosen(losses: jax.Array, right: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
+    """The sums over the tokens of each example."""
+    return {"loss": _sum(losses, counts), "right": _sum(right, counts), "count": counts.sum(1)}
 
 
 def _sum(values: jax.Array, counts: jax.Array) -> jax.Array:
