@@ -52,9 +52,6 @@ class Mask:
     a token with the class -1, or with a row that is zero or not a number, nothing is asked."""
     classes: int = 0
     """How many classes there are."""
-    confidence: str = ""
-    """The name among data.labels of what each token's answer counts, (B, L), such as a detector's confidence (LXMERT); empty: all
-    count alike."""
     mask_id: int | None = None
     """The id that stands for a hidden one ([MASK]); None: the learned mask token of the embedder."""
     replaced: tuple[float, float] | None = None
@@ -69,11 +66,15 @@ class Mask:
     """Layers of that decoder."""
     temperature: float = 0.1
     """Of `contrast`."""
+    head: str = ""
+    """A head that the model has already; empty: one of its own, masked_NAME or, with drop, left_NAME, and behind it _TARGET or
+    _contrast."""
     others: Literal["example", "batch"] = "example"
     """Of `contrast`: whose tokens it is told from, those of its own example, or of the whole batch (UniVL, HERO), of which the
     scores of all pairs are held at once."""
-    head: str = ""
-    """A head that the model has already; empty: one of its own, masked_NAME or, with drop, left_NAME."""
+    confidence: str = ""
+    """The name among data.labels of what each token's answer counts, (B, L), such as a detector's confidence (LXMERT); empty: all
+    count alike."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1 or (self.drop and self.rate == 1):
