@@ -1,11 +1,13 @@
 """Masked modelling, ordering, classification, distillation: what is asked, of whom, and what each refuses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 import mmx
 from mmx import modalities, objectives
@@ -26,6 +28,8 @@ from mmx.objectives import (
 )
 from mmx.parallel import MeshConfig, make_mesh
 from mmx.topologies import TOPOLOGIES, Joint, PerStream, Pool
+from mmx.train import Task
+from mmx.train.accumulate import value_and_grad
 from mmx.types import Masked
 
 IMAGE = modalities.Patches((32, 32), (8, 8), mask_token=True)
@@ -56,6 +60,35 @@ ALL = {
     "distilled": Distillation(),
 }
 SUMMED = {"left", "aligned", "tokenwise", "where", "answer"}  # what summation cannot do
+
+
+REGIONS = {
+    "thing": modalities.Features(5, 6, position="learned"),
+    "text": modalities.Ids(20, 4, position="learned", mask_token=True),
+}
+
+
+@pytest.fixture
+def seen(rng):
+    """Four examples of up to six regions, and what a detector saw in them."""
+    there = np.arange(6) < np.array([6, 4, 3, 5])[:, None]
+    features, detected = rng.standard_normal((4, 6, 5)).astype("f"), rng.random((4, 6, 7)).astype("f") + 0.1
+    return {
+        "thing": Masked(features, there),
+        "text": rng.integers(0, 20, (4, 4)),
+        "label/objects": rng.integers(0, 7, (4, 6)),
+        "label/attributes": rng.integers(0, 4, (4, 6)),
+        "label/detected": detected / detected.sum(-1, keepdims=True),
+        "label/sure": rng.random((4, 6)).astype("f"),
+    }
+
+
+def of_regions(chosen):
+    """A small model of regions and words with the heads of these objectives, and its parameters."""
+    heads = objectives.needed_heads(chosen, REGIONS)
+    model = mmx.build_model(REGIONS, "early_concatenation", width=16, depth=1, heads=2, outputs=heads)
+    objectives.check(chosen, model)
+    return model, jax.jit(model.init)(jax.random.key(0), mmx.example_batch(model))["params"]
 
 
 @pytest.fixture
@@ -483,20 +516,35 @@ def test_held_out_examples_are_scored_without_a_teacher(tiny, labelled, one_devi
     assert found == expected and "masked_text/perplexity" in found and "contrastive/recall" in found
 
 
-def test_scores_in_chunks_are_the_same_loss(tiny, labelled):
-    whole, chunked = Captioning(label_smoothing=0.1, z_loss=1e-3), Captioning(label_smoothing=0.1, z_loss=1e-3, chunks=4)
+@pytest.mark.parametrize(("kind", "length"), [(Captioning, 11), (MaskedModelling, 12)])
+def test_scores_in_chunks_are_the_same_loss(tiny, labelled, kind, length):
+    """In four chunks, as in one; and then the scores of all tokens are held nowhere."""
+    plain, whole = kind(), kind(label_smoothing=0.1, z_loss=1e-3)
+    chunked = dataclasses.replace(whole, chunks=4)
     model, params = make(tiny, {"x": whole})
     a, b = (run({"x": o}, model, params, labelled) for o in (whole, chunked))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    assert a[1].keys() == b[1].keys() and abs(a[0] - run({"x": plain}, model, params, labelled)[0]) > 1e-3
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a[2], b[2])
 
     def held(objective):
+        out = prepared(objective, model, labelled)
+
         def loss(p):
-            return objectives.total_loss({"x": objective}, objectives.forward({"x": objective}, model, p, labelled, None))[0]
+            return objectives.total_loss({"x": objective}, objectives.forward({"x": objective}, model, p, out, None))[0]
 
-        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("8,11,300]")
+        program = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+        return str(partial_eval.dce_jaxpr(program, [True] * len(program.outvars))[0])
 
-    assert held(chunked) == 0 < held(whole)
+    for shape in ("8,12,300]", f"8,{length},300]"):
+        assert shape not in held(chunked) and shape in held(whole)
+
+
+def test_what_scores_all_tokens_at_once_is_not_asked_in_chunks(tiny, labelled):
+    with pytest.raises(InputError, match=r"chunks=2 with teacher=0.4"):
+        MaskedModelling(teacher=0.4, chunks=2)
+    with pytest.raises(InputError, match=r"objectives.x: chunks=2 .* ids"):
+        make(tiny, {"x": MaskedModelling(masks={"image": Mask()}, given=(), chunks=2)})
 
 
 def test_a_question_is_given_and_its_answer_is_asked(tiny, labelled):
@@ -595,10 +643,11 @@ def test_an_objective_has_the_same_loss_beside_others(tiny, labelled, name):
     np.testing.assert_allclose(alone[f"loss/{name}"], beside[f"loss/{name}"], rtol=1e-5)
 
 
-def test_padding_is_no_wrong_answer(rng):
+@pytest.mark.parametrize("others", ["example", "batch"])
+def test_padding_is_no_wrong_answer(rng, others):
     """Which of its own features was hidden: those that do not exist are not among them, whatever stands there."""
     things = {"thing": modalities.Features(5, 6, position="learned")}
-    objective = MaskedModelling(masks={"thing": Mask(0.5, answer="contrast")}, given=())
+    objective = MaskedModelling(masks={"thing": Mask(0.5, answer="contrast", others=others)}, given=())
     heads = objectives.needed_heads({"x": objective}, things)
     model = mmx.build_model(things, "early_concatenation", width=16, depth=1, heads=2, outputs=heads)
     features, there = rng.standard_normal((4, 6, 5)).astype("f"), np.arange(6) < np.array([6, 4, 3, 5])[:, None]
@@ -608,7 +657,7 @@ def test_padding_is_no_wrong_answer(rng):
     for (value, _), gradient in found:
         np.testing.assert_allclose(value, found[0][0][0], rtol=1e-5)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
-    whole = {"x": MaskedModelling(masks={"thing": Mask(1.0, answer="contrast")}, given=())}
+    whole = {"x": MaskedModelling(masks={"thing": Mask(1.0, answer="contrast", others=others)}, given=())}
     compiled, three = program(whole, model, gradient=False), np.ones((4, 6), bool) & (np.arange(6) < 3)
     padded, cut = (
         compiled(params, {"thing": raw})[0][0] for raw in (Masked(features, three), Masked(features[:, :3], three[:, :3]))
@@ -642,8 +691,152 @@ def test_classes_of_tokens_come_as_a_label(tiny, labelled):
     codes = (np.arange(16) % 7 + np.zeros((8, 1))).astype(np.float32)
     compiled = program({"x": objective}, model, gradient=False)
     value, metrics = compiled(params, {**labelled, "label/codes": codes})[0]
-    assert jnp.isfinite(value) and "masked_image_classes/accuracy" in metrics
+    assert jnp.isfinite(value) and "masked_image_codes/accuracy" in metrics
     with pytest.raises(InputError, match=r"label/codes has shape \(8, 16, 7\)"):
         compiled(params, {**labelled, "label/codes": np.zeros((8, 16, 7), "f")})
     with pytest.raises(InputError, match="name its field in data.labels"):
         compiled(params, labelled)
+
+
+OBJECTS = {"answer": "classes", "target": "objects", "classes": 7}
+DETECTED = {"answer": "distribution", "target": "detected", "classes": 7}
+
+
+def of_thing(**mask):
+    return MaskedModelling(masks={"thing": Mask(0.6, **mask)}, given=())
+
+
+@pytest.mark.parametrize(
+    ("asked", "nothing"),
+    [
+        (OBJECTS, -1),
+        (OBJECTS, np.nan),
+        (DETECTED, np.nan),
+        (DETECTED, 0.0),
+        ({**DETECTED, "answer": "likeliest"}, 0.0),
+    ],
+    ids=str,
+)
+def test_where_a_label_says_nothing_nothing_is_asked(seen, asked, nothing):
+    """As a data set of a mixture that lacks it is filled up: the loss is the mean over the hidden places that have one."""
+    objective, entry = of_thing(**asked), f"label/{asked['target']}"
+    model, params = of_regions({"x": objective})
+    label = np.array(seen[entry], "f" if isinstance(nothing, float) else None)
+    label[:2], label[2, 1] = nothing, nothing
+    label = np.where(seen["thing"].mask.reshape(4, 6, *[1] * (label.ndim - 2)), label, nothing)
+    batch = {**seen, entry: label}
+    (value, metrics), gradient = program({"x": objective}, model)(params, batch)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    out = objective.corrupt(batch, jax.random.fold_in(jax.random.key(3), 0), Context(model))
+    hidden = np.asarray(out[f"{entry_of(objective, 'thing')}:hidden"])
+    told = hidden & (np.arange(4) > 1)[:, None] & ~((np.arange(4) == 2)[:, None] & (np.arange(6) == 1))
+    assert 0 < told.sum() < hidden.sum()
+    said = model.apply({"params": params}, {"thing": out[entry_of(objective, "thing")]}).logits[f"masked_thing_{asked['target']}"]
+    log, truth = np.asarray(jax.nn.log_softmax(said))[told], label[told]
+    if asked["answer"] == "distribution":
+        expected, best = (truth * (np.log(truth) - log)).sum(-1), truth.argmax(-1)
+    else:
+        best = truth.astype(int) if asked["answer"] == "classes" else truth[:, 1:].argmax(-1) + 1
+        expected = -log[np.arange(len(log)), best]
+    np.testing.assert_allclose(value, expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics[f"masked_thing_{asked['target']}/accuracy"], (log.argmax(-1) == best).mean(), rtol=1e-6)
+    value, _ = program({"x": objective}, model, gradient=False)(params, {**seen, entry: np.full_like(label, nothing)})[0]
+    assert value == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        (OBJECTS, 7),
+        (OBJECTS, -2),
+        (OBJECTS, 1.5),
+        (DETECTED, -1 / 7),
+        (DETECTED, 0.5),
+        ({**DETECTED, "answer": "likeliest"}, 0.5),
+    ],
+    ids=str,
+)
+def test_a_label_that_cannot_be_right_is_not_a_number(seen, asked, wrong):
+    """Where it is asked; what stands in a place that does not exist changes nothing."""
+    objective, entry = MaskedModelling(masks={"thing": Mask(1.0, **asked)}, given=()), f"label/{asked['target']}"
+    model, params = of_regions({"x": objective})
+    compiled = program({"x": objective}, model)
+    there = seen["thing"].mask.reshape(4, 6, *[1] * (seen[entry].ndim - 2))
+    right = seen[entry].astype("f")
+    ((value, _), gradient), ((other, _), same) = (
+        compiled(params, {**seen, entry: np.where(there, right, x)}) for x in (right, wrong)
+    )
+    assert jnp.isfinite(value) and value == other
+    jax.tree.map(np.testing.assert_array_equal, gradient, same)
+    label = right.copy()
+    label[1, 2] = wrong
+    assert np.isnan(compiled(params, {**seen, entry: label})[0][0])
+
+
+def test_each_answer_counts_as_surely_as_a_detector_saw_it(seen):
+    """The mean is weighted; a place whose confidence is 0 or not a number asks nothing, and a negative one is wrong."""
+    plain, sure = of_thing(**OBJECTS), of_thing(**OBJECTS, confidence="sure")
+    model, params = of_regions({"x": plain})
+    weights = np.where(np.arange(6) == 0, np.nan, seen["label/sure"])
+    compiled = program({"x": sure}, model)
+    (value, _), gradient = compiled(params, {**seen, "label/sure": weights})
+    out = plain.corrupt(seen, jax.random.fold_in(jax.random.key(3), 0), Context(model))
+    entry = entry_of(plain, "thing")
+    log = np.asarray(jax.nn.log_softmax(model.apply({"params": params}, {"thing": out[entry]}).logits["masked_thing_objects"]))
+    losses = -np.take_along_axis(log, seen["label/objects"][..., None], 2)[..., 0]
+    weights = np.nan_to_num(weights) * np.asarray(out[f"{entry}:hidden"])
+    np.testing.assert_allclose(value, (losses * weights).sum() / weights.sum(), rtol=1e-5)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    assert np.isnan(compiled(params, {**seen, "label/sure": -seen["label/sure"]})[0][0])
+    with pytest.raises(InputError, match=r"label/sure has shape \(4, 5\), and confidence .* wants \(4, 6\)"):
+        compiled(params, {**seen, "label/sure": weights[:, :5]})
+
+
+def test_objects_attributes_and_features_of_the_same_regions_are_asked_in_one_pass(seen):
+    """The visual set of LXMERT, with words hidden in the same pass, of which only one of the objectives asks."""
+    words, unasked = Mask(0.5), Mask(0.5, answer="nothing")
+
+    def of(text, **mask):
+        return MaskedModelling(masks={"text": text, "thing": Mask(0.5, **mask)}, given=())
+
+    chosen = {
+        "features": of(words, answer="huber"),
+        "objects": of(unasked, **OBJECTS, confidence="sure"),
+        "attributes": of(unasked, answer="classes", target="attributes", classes=4),
+        "detected": of(unasked, **DETECTED),
+    }
+    assert len({view for objective in chosen.values() for view in objective.views()}) == 1
+    model, params = of_regions(chosen)
+    names = {"masked_text", "masked_thing", *(f"masked_thing_{n}" for n in ("objects", "attributes", "detected"))}
+    assert set(model.heads) == names and model.heads["masked_thing_attributes"].classes == 4
+    _, metrics, gradient = run(chosen, model, params, seen)
+    assert all(np.abs(x).max() > 0 for n, g in gradient.items() if n.startswith("heads_") for x in jax.tree.leaves(g))
+    assert {m for m in metrics if m.endswith("accuracy")} == {f"{n}/accuracy" for n in names - {"masked_thing"}}
+    alone = run({"features": chosen["features"]}, model, params, seen)[1]
+    np.testing.assert_allclose(alone["loss/features"], metrics["loss/features"], rtol=1e-5)
+    with pytest.raises(InputError, match=r"masks: nothing is asked"):
+        objectives.check({"x": of(unasked, answer="nothing")}, model)
+
+
+def test_which_of_the_whole_batch_it_was(seen):
+    """Told from all tokens of the batch that exist, also where the batch is taken in parts."""
+    objective = of_thing(answer="contrast", others="batch")
+    model, params = of_regions({"x": objective})
+    out = objective.corrupt(seen, jax.random.key(3), Context(model))
+    entry, there = entry_of(objective, "thing"), seen["thing"].mask
+    hidden = np.asarray(out[f"{entry}:hidden"])
+    said = np.asarray(model.apply({"params": params}, {"thing": out[entry]}).logits["masked_thing_contrast"])
+    said, keys = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (said, seen["thing"].array))
+    scores = said[hidden] @ keys[there].T  # (hidden, those of the batch that exist)
+    own = (np.cumsum(there) - 1).reshape(there.shape)[hidden]
+    expected = -np.asarray(jax.nn.log_softmax(scores / 0.1))[np.arange(len(own)), own].mean()
+    task = Task(model, {"x": objective})
+    step = functools.partial(value_and_grad, task.forward, task.loss)
+    ((value, metrics), whole), ((other, _), parts) = (
+        jax.jit(functools.partial(step, parts=n))(params, out, jax.random.key(0)) for n in (1, 2)
+    )
+    np.testing.assert_allclose((value, other), expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["x"]["masked_thing_contrast/accuracy"], (scores.argmax(1) == own).mean(), rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), whole, parts)
+    with pytest.raises(InputError, match="others='batch' with answer='content'"):
+        Mask(others="batch")

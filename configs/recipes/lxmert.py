@@ -1,7 +1,8 @@
 """LXMERT (arXiv 1908.07490): words, regions by their features, matching, and answers to questions about the image.
 
-Patches stand for regions. What a detector calls them is asked by further objectives,
-`Mask(answer="classes", target=..., classes=1600)`.
+Patches stand for regions. What a detector calls those that are hidden, by its 1600 objects and 400 attributes, no label tells
+here. Each is a further objective of the same pass: the masks of "masked", with answer="nothing" for the text and for the image
+answer="classes", target=..., classes=... and confidence=...
 
 python train.py configs/recipes/lxmert.py
 """

@@ -1,7 +1,7 @@
 """UNITER (arXiv 1909.11740): one stack; of several tasks each step takes one, and one modality at a time is hidden.
 
 Patches stand for regions: masked words, region feature regression, matching with the alignment of words and regions by optimal
-transport. Classes of regions are another objective, `Mask(answer="distribution", target=..., classes=1601)`.
+transport. Classes of regions are another objective, `Mask(answer="distribution", target=..., classes=1601)`, or "likeliest".
 
 python train.py configs/recipes/uniter.py
 """

@@ -1,8 +1,8 @@
 """UniVL (arXiv 2002.06353): two encoders, a stack over both, and a decoder that writes the text again; five tasks.
 
-Patches stand for clips: which of its own a hidden one was, words, alignment, a shared space, in which an image belongs to one at
-least of two texts; and a text that was hidden in part is written whole by a modality of its own, which borrows the embedding of
-the text.
+Patches stand for clips: which of the batch's a hidden one was, words, alignment, a shared space, in which an image belongs to one
+at least of two texts; and a text that was hidden in part is written whole by a modality of its own, which borrows the embedding
+of the text.
 
 python train.py configs/recipes/univl.py
 """
@@ -15,7 +15,7 @@ from mmx.topologies import Joint, PerStream
 OBJECTIVES = {
     "joint": Contrastive(("image", "text", "text/group"), kind="mil_nce"),
     "words": MaskedModelling(masks={"text": Mask(0.15, spare=(0, 2, 3))}, given=("image",)),
-    "frames": MaskedModelling(masks={"image": Mask(0.15, answer="contrast")}, given=("text",)),
+    "frames": MaskedModelling(masks={"image": Mask(0.15, answer="contrast", others="batch")}, given=("text",)),
     "alignment": Matching(),
     "reconstruction": Captioning(given=("image", "text"), masks={"text": Mask(0.5, spare=(0, 2, 3))}, writer="written"),
 }

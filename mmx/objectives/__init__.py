@@ -33,7 +33,8 @@ from mmx.objectives.contrasting import Contrastive
 from mmx.objectives.describing import Captioning
 from mmx.objectives.distillation import Distillation
 from mmx.objectives.grounding import Grounding
-from mmx.objectives.masking import Mask, MaskedModelling
+from mmx.objectives.hiding import Mask
+from mmx.objectives.masking import MaskedModelling
 from mmx.objectives.matching import Matching
 from mmx.objectives.objective import Context, Objective
 from mmx.objectives.ordering import Ordering

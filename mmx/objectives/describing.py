@@ -1,7 +1,6 @@
 """Describing: say what is there, one token after the other. Survey 3.4, "describing"."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, at_least
-from mmx.heads import TiedDecoder, scores_of
-from mmx.losses import chunked_cross_entropy, cross_entropy
+from mmx.heads import TiedDecoder
 from mmx.modalities import Ids
 from mmx.modalities.embedder import GROUP
 from mmx.modalities.masking import modality_of, token_mask, unmask
 from mmx.model import MultimodalTransformer
-from mmx.objectives.masking import Mask
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, total
+from mmx.objectives.hiding import Mask
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified_tokens, total
 from mmx.objectives.views import View
 from mmx.types import Batch, Masked, Metrics, Outputs
 
@@ -115,17 +113,8 @@ class Captioning(Objective):
         if GROUP in fields:
             asked &= fields[GROUP][:, 1:] < 0
         labels, settings = ids[:, 1:], {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-        if self.chunks == 1:
-            logits = outputs[0].logits[self._head][:, : labels.shape[1]]  # (B, L - 1, V)
-            vocab, losses, best = logits.shape[-1], cross_entropy(logits, labels, **settings), logits.argmax(-1)
-        else:
-            scored = outputs[0].scored.get(self._head)
-            if scored is None:
-                raise InputError(f"chunks={self.chunks}: head {self._head!r} scores all tokens at once; set chunks=1")
-            states, vocab = scored.states[:, : labels.shape[1]], len(scored.matrix)
-            losses, best = chunked_cross_entropy(states, functools.partial(scores_of, scored), labels, self.chunks, **settings)
-        wrong = (labels < 0) | (labels >= vocab)
-        losses = jnp.where(asked, jnp.where(wrong, jnp.nan, losses), 0)
+        at = slice(labels.shape[1])
+        losses, best = classified_tokens(outputs[0], self._head, at, labels, asked, self.chunks, **settings)
         return {"loss": losses.sum(-1), "right": ((best == labels) & asked).sum(-1), "tokens": asked.sum(-1)}
 
     def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:

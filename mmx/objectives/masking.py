@@ -2,214 +2,24 @@
 
 import dataclasses
 import functools
-import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mmx.errors import InputError
-from mmx.heads import Reconstruction, TiedDecoder, TokenClassifier, stream_of
-from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss, unit_vectors
-from mmx.modalities import Features, Ids
-from mmx.modalities.embedder import HIDDEN, KEPT
-from mmx.modalities.masking import WORDS, hide, modality_of
+from mmx.errors import InputError, at_least
+from mmx.heads import stream_of
+from mmx.losses import info_nce, kl_divergence, normalised_each, regression_loss, similarity, unit_vectors
+from mmx.modalities import Ids
+from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
-from mmx.objectives import masks as units
-from mmx.objectives.masks import Unit
-from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
+from mmx.objectives.hiding import Mask
+from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified_tokens, reading, total
 from mmx.objectives.views import View, run_views
-from mmx.topologies import Sum
-from mmx.types import Batch, Masked, Metrics, Outputs
-
-Answer = Literal["content", "normalised", "huber", "contrast", "classes", "distribution"]
-EPS = 1e-12  # of the norm in a head (BERT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """How a modality is hidden, and what is asked of what is hidden.
-
-    Where tokens overlap (windows of a sound, convolutions over neighbours), those beside a hidden one tell a part of it.
-    """
-
-    rate: float = 0.15
-    """The share of the tokens that exist (of unit modality: of the examples)."""
-    unit: Unit = "token"
-    """What is hidden at once: a token; a word (its tokens are told apart by the entry NAME/words); a span (three tokens on
-    average); a region and those that overlap it; a block of patches; a tube (the same places in all frames); a frame; or all of
-    an example's modality."""
-    answer: Answer = "content"
-    """What is asked: content (the id; or the numbers, by their squared distance); normalised (numbers of mean 0 and variance 1
-    within a token: MAE); huber (LXMERT); contrast (which of its own tokens it was: CPC, wav2vec 2.0); classes or distribution
-    (`target` tells them: visual codes, what a detector saw)."""
-    target: str = ""
-    """The name among data.labels of the classes (B, L) or distributions (B, L, classes), which the batch holds as label/NAME."""
-    classes: int = 0
-    """How many classes there are."""
-    mask_id: int | None = None
-    """The id that stands for a hidden one ([MASK]); None: the learned mask token of the embedder."""
-    replaced: tuple[float, float] | None = None
-    """Of the tokens that are asked, the share that is masked and the share that is another id, drawn at random (where they are no
-    ids, these are masked too); the rest stays as it is. None: (0.8, 0.1) for ids (BERT, arXiv 1810.04805, 3.1), and (1, 0) for
-    all others and for whole modalities."""
-    spare: tuple[int, ...] = ()
-    """Ids that are never hidden, such as the begin and the end of a text."""
-    drop: bool = False
-    """Whether the model reads only what is left (MAE): nothing stands in the place of the others, and a decoder adds it."""
-    depth: int = 2
-    """Layers of that decoder."""
-    temperature: float = 0.1
-    """Of `contrast`."""
-    head: str = ""
-    """A head that the model has already; empty: one of its own, masked_NAME or, with drop, left_NAME."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1 or (self.drop and self.rate == 1):
-            raise InputError(f"mask: rate={self.rate}; it is a share, more than 0 and at most 1 (less than 1 with drop)")
-        if self.replaced is not None and (min(self.replaced) < 0 or sum(self.replaced) > 1 + 1e-9):
-            raise InputError(f"mask: replaced={self.replaced}; these are shares with a sum of at most 1, such as (0.8, 0.1)")
-        if (self.answer in ("classes", "distribution")) != bool(self.target and self.classes):
-            raise InputError(
-                f"mask: answer={self.answer!r} with target={self.target!r}, classes={self.classes}; answers of classes or a "
-                f"distribution need both, and others neither"
-            )
-        if self.drop and self.unit in ("word", "span", "region", "modality"):
-            raise InputError(f"mask: unit={self.unit!r} hides now more tokens, now fewer; drop wants as many of each example")
-
-    def head_of(self, name: str) -> str:
-        """The head that answers."""
-        kind = "" if self.answer in ("content", "normalised", "huber") else f"_{self.answer}"
-        return self.head or f"{'left' if self.drop else 'masked'}_{modality_of(name)}{kind}"
-
-    def entry(self, name: str) -> str:
-        """The entry of the batch that holds what is left; equal masks of several objectives are one."""
-        return f"{name}/masked-{zlib.crc32(repr(self).encode()):08x}"
-
-    def form(self, embedder: Any) -> tuple[int, bool]:
-        """How many numbers, ids or classes an answer has to do with, and whether it is one of them and not all."""
-        if self.classes:
-            return self.classes, True
-        content = jax.eval_shape(lambda: embedder.content(embedder.example(1)))
-        return (content.shape[-1], False) if content.ndim == 3 else (embedder.vocab, True)
-
-    def make_head(self, name: str, embedder: Any) -> nn.Module:
-        """The head that answers."""
-        name, (size, one) = modality_of(name), self.form(embedder)
-        if self.drop:
-            return Reconstruction(name, size, self.depth)
-        if one and not self.classes and isinstance(embedder, Ids):
-            return TiedDecoder(name, activation="gelu", norm=EPS)
-        return TokenClassifier(size, name, activation="gelu", norm=EPS)
-
-    def check(self, name: str, model: MultimodalTransformer) -> None:
-        """Raises an InputError for what cannot be hidden or asked."""
-        embedder: Any = model.modalities[modality_of(name)]
-        kind, grid = type(embedder).__name__, embedder.grid
-        _, one = self.form(embedder)
-        if one and self.answer in ("normalised", "huber", "contrast"):
-            raise InputError(f"{name}: answer={self.answer!r} is asked of numbers, and {kind} has ids; take answer='content'")
-        if self.unit in ("block", "tube") and len(grid) < 2:
-            raise InputError(f"{name}: unit={self.unit!r} needs rows and columns, and tokens of {kind} lie in a row {grid}")
-        if self.unit == "region" and "box" not in embedder.vectors:
-            raise InputError(f"{name}: unit='region' needs the boxes of the regions; give {kind} vectors={{'box': 4}} or more")
-        if self.drop and any(isinstance(stage, Sum) for stage in model.stages):
-            raise InputError(f"{name}: drop leaves a shorter stream, and summation adds token by token; mask without drop")
-        if self.drop and getattr(embedder, "last", False):
-            raise InputError(f"{name}: drop leaves those that were kept, and last=True puts a token behind them; set last=False")
-        if self.mask_id is not None and not isinstance(embedder, Ids):
-            raise InputError(f"{name}: mask_id={self.mask_id} is an id, and {kind} has none; leave it out")
-        if isinstance(embedder, Ids) and not 0 <= (self.mask_id or 0) < embedder.vocab:
-            raise InputError(f"{name}: mask_id={self.mask_id} is no id of a vocabulary of {embedder.vocab}")
-        if not (self.drop or self.mask_id is not None or embedder.mask_token or isinstance(embedder, Features)):
-            raise InputError(
-                f"{name}: {kind} has no mask token to stand for what is hidden; set --modalities.{modality_of(name)}.mask-token"
-                + (", or give the id of one as mask_id" if isinstance(embedder, Ids) else "")
-            )
-
-    def apply(self, name: str, batch: Batch, embedder: Any, key: jax.Array) -> Batch:
-        """Adds to the batch what is left of an entry, what is hidden `(B, L)`, and what stood there."""
-        entry, raw = self.entry(name), batch[name]
-        if entry in batch:
-            return batch
-        draw_key, kind_key, id_key = jax.random.split(key, 3)
-        fields, mask = embedder.read(raw)
-        content = embedder.content(raw)
-        there = embedder.there(raw)
-        there = jnp.ones(content.shape[:2], bool) if there is None else there
-        content = hide(content, there) if content.ndim == 3 else content  # what is absent may be no number
-        spared = jnp.isin(content, jnp.asarray(self.spare)) if content.ndim == 2 and self.spare else False
-        hidden = self._draw(draw_key, there & ~jnp.asarray(spared), name, batch, fields, embedder)
-        if self.drop:
-            left = self._left(there.shape[1], embedder.grid)
-            changed = {**fields, KEPT: jnp.sort(jnp.argsort(hidden, 1, stable=True)[:, :left], 1)}
-        else:
-            changed = self._replace(fields, hidden, content, embedder, kind_key, id_key)
-        keep = isinstance(raw, Masked) and raw.keep
-        left_over = changed if mask is None else Masked(changed, mask, keep)
-        asked = self._target(name, batch, there.shape) if self.target else content
-        return {**batch, entry: left_over, f"{entry}:hidden": hidden, f"{entry}:asked": asked, f"{entry}:there": there}
-
-    def _target(self, name: str, batch: Batch, shape: tuple[int, ...]) -> jax.Array:
-        title, wanted = f"label/{self.target}", shape if self.answer == "classes" else (*shape, self.classes)
-        if title not in batch:
-            raise InputError(f"{name}: target={self.target!r}, but the batch has no entry {title}; name its field in data.labels")
-        asked = batch[title]
-        whole = jnp.all(asked == jnp.round(asked)) if self.answer == "classes" else None
-        if tuple(asked.shape) != wanted:
-            raise InputError(f"{name}: {title} has shape {tuple(asked.shape)}, and answer={self.answer!r} wants {wanted}")
-        return asked if whole is None else jnp.where(whole, asked, -1).astype(jnp.int32)  # numbers of classes, however stored
-
-    def _draw(
-        self, key: jax.Array, there: jax.Array, name: str, batch: Batch, fields: Mapping[str, Any], embedder: Any
-    ) -> jax.Array:
-        if self.unit == "word":
-            if f"{name}/{WORDS}" not in batch:
-                raise InputError(f"{name}: unit='word' needs the entry {name}/{WORDS}, each token's word; set data.words")
-            words = batch[f"{name}/{WORDS}"]
-            return units.groups(key, there & (words >= 0), jnp.maximum(words, 0), self.rate)
-        if self.unit == "region":
-            return units.regions(key, there, fields["box"], self.rate)
-        if self.unit in ("block", "tube", "frame"):
-            draw = {"block": units.blocks, "tube": units.tubes, "frame": units.frames}[self.unit]
-            return draw(key, there, embedder.grid, self.rate)
-        return {"token": units.tokens, "span": units.spans, "modality": units.whole}[self.unit](key, there, self.rate)
-
-    def _left(self, length: int, grid: tuple[int, ...]) -> int:
-        """How many tokens of each example are left."""
-        at_once = {"tube": grid[0], "frame": math.prod(grid[1:]), "block": math.prod(grid[:-2])}.get(self.unit, 1)
-        count = max(int(np.round(np.float32(self.rate) * np.float32(length))), 1)  # as `units.wanted` counts
-        return length - -(-count // at_once) * at_once
-
-    def _replace(
-        self,
-        fields: Mapping[str, Any],
-        hidden: jax.Array,
-        content: jax.Array,
-        embedder: Any,
-        kind_key: jax.Array,
-        id_key: jax.Array,
-    ) -> dict[str, Any]:
-        usual = (0.8, 0.1) if isinstance(embedder, Ids) and self.unit != "modality" else (1.0, 0.0)
-        kind, (masked, other) = jax.random.uniform(kind_key, hidden.shape), self.replaced or usual
-        first = embedder.reads[0]
-        if isinstance(embedder, Ids):
-            drawn = jax.random.randint(id_key, content.shape, 0, embedder.vocab, content.dtype)
-            swapped = hidden & (kind >= masked) & (kind < masked + other)
-            gone = hidden & (kind < masked)
-            ids = jnp.where(swapped, drawn, content)
-            if self.mask_id is not None:
-                return {**fields, first: jnp.where(gone, self.mask_id, ids)}
-            return {**fields, first: ids, HIDDEN: gone}
-        gone = hidden & (kind < masked + other)
-        if embedder.mask_token:
-            return {**fields, HIDDEN: gone}
-        zero = {**fields, first: jnp.where(gone[..., None], 0, fields[first])}
-        return {**zero, "marked": gone.astype(jnp.int32)} if embedder.marked else zero
+from mmx.types import Batch, Metrics, Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,27 +37,45 @@ class MaskedModelling(Objective):
     teacher: float = 0.0
     """Share in the loss of what the moving average of the model believes of hidden ids and classes (ALBEF, arXiv 2107.07651, 3.3:
     0.4). Its beliefs of all tokens are held at once, (B, L, ids)."""
+    label_smoothing: float = 0.0
+    """Part of the target, where it is an id or a class, that is spread over all of them."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's normaliser, for ids and classes."""
+    chunks: int = 1
+    """Pieces in which the scores of ids are made, read and forgotten; more of them: less memory, where there are many ids."""
 
     def __post_init__(self) -> None:
+        at_least(self, chunks=1, label_smoothing=0, z_loss=0)
         if not 0 <= self.teacher <= 1:
             raise InputError(f"teacher={self.teacher}; it is a share, 0 to 1")
+        if self.teacher and self.chunks > 1:
+            raise InputError(f"chunks={self.chunks} with teacher={self.teacher}, whose beliefs are held at once; set chunks=1")
+
+    @property
+    def _asked(self) -> dict[str, Mask]:
+        """The masks of which something is asked."""
+        return {name: mask for name, mask in self.masks.items() if mask.answer != "nothing"}
 
     @property
     def _taught(self) -> str:
         return f"masking/teacher-{zlib.crc32(repr(self).encode()):08x}"
 
     def check(self, model: MultimodalTransformer) -> None:
-        if not self.masks:
-            raise InputError("masks: nothing is hidden; name a modality, such as {'text': Mask()}")
+        if not self._asked:
+            raise InputError("masks: nothing is asked of what is hidden; name a modality, such as {'text': Mask()}")
+        of_ids = [m for n, m in self._asked.items() if isinstance(model.modalities.get(modality_of(n)), Ids) and not m.classes]
+        if self.chunks > 1 and not of_ids:
+            raise InputError(f"chunks={self.chunks} is of the scores of ids, and no ids are asked; set chunks=1")
         check_entries((*self.masks, *self.given), model)
         for name, mask in self.masks.items():
             mask.check(name, model)
+        for name, mask in self._asked.items():
             check_head(mask.head_of(name), model)
             if self.teacher and not mask.form(model.modalities[modality_of(name)])[1]:
                 raise InputError(f"teacher={self.teacher}: it speaks of ids and classes, and numbers are asked of {name!r}")
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-        return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self.masks.items() if not m.head}
+        return {m.head_of(n): m.make_head(n, modalities[modality_of(n)]) for n, m in self._asked.items() if not m.head}
 
     def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
         for i, (name, mask) in enumerate(self.masks.items()):
@@ -258,11 +86,11 @@ class MaskedModelling(Objective):
         if context.average is None:
             raise InputError("the momentum teacher is the moving average of the model; set optimizer.ema, such as 0.995")
         (view,) = self.views()
-        lengths = {name: batch[f"{mask.entry(name)}:hidden"].shape[1] for name, mask in self.masks.items()}
+        lengths = {name: batch[f"{mask.entry(name)}:hidden"].shape[1] for name, mask in self._asked.items()}
 
         def look(batch: Batch) -> dict[str, jax.Array]:
             output = run_views(context.model, context.average, batch, [view], None)[view]
-            said = {n: of_tokens(output, modality_of(n), m.head_of(n), lengths[n], m.drop) for n, m in self.masks.items()}
+            said = {n: of_tokens(output, modality_of(n), m.head_of(n), lengths[n], m.drop) for n, m in self._asked.items()}
             return jax.tree.map(jax.nn.softmax, said)
 
         return {**batch, self._taught: context.ask(look, {entry: batch[entry] for _, entry in view.reads})}
@@ -274,42 +102,44 @@ class MaskedModelling(Objective):
         return (reading(*self.given, *(mask.entry(name) for name, mask in self.masks.items())),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
-        return {name: self._answers(name, mask, outputs[0], batch) for name, mask in self.masks.items()}
-
-    def _losses(self, name: str, logits: jax.Array, asked: jax.Array, hidden: jax.Array, batch: Batch) -> jax.Array:
-        """Of each token `(B, L)`, by its class or a distribution over the classes."""
-        losses = kl_divergence(logits, asked) if asked.ndim == 3 else classified(logits, asked, hidden)
-        if not self.teacher:
-            return losses
-        return (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])
+        return {name: self._answers(name, mask, outputs[0], batch) for name, mask in self._asked.items()}
 
     def _answers(self, name: str, mask: Mask, output: Outputs, batch: Batch) -> dict[str, jax.Array]:
-        entry = mask.entry(name)
-        hidden, asked = batch[f"{entry}:hidden"], batch[f"{entry}:asked"]
-        logits = of_tokens(output, modality_of(name), mask.head_of(name), hidden.shape[1], stripped=mask.drop)
+        asked, counts = mask.asked(name, batch)
+        head = mask.head_of(name)
+        at = places(output, modality_of(name), head, counts.shape[1], stripped=mask.drop)
+        logits = output.logits[head][:, at]  # (B, L, n)
         if asked.ndim == 2 or mask.answer == "distribution":
-            losses = self._losses(name, logits, asked, hidden, batch)
-            right = logits.argmax(-1) == (asked.argmax(-1) if asked.ndim == 3 else asked)
-            return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
+            if asked.ndim == 2:
+                chunks = 1 if mask.classes else self.chunks
+                settings = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+                losses, best = classified_tokens(output, head, at, asked, counts != 0, chunks, **settings)
+            else:
+                losses, best, asked = kl_divergence(logits, asked), logits.argmax(-1), asked.argmax(-1)
+            if self.teacher:
+                losses = (1 - self.teacher) * losses + self.teacher * kl_divergence(logits, batch[self._taught][name])
+            return _chosen(losses, best == asked, counts)
         asked = asked.astype(jnp.float32)
         if mask.answer == "contrast":
-            there, place = batch[f"{entry}:there"], jnp.arange(hidden.shape[1])
-            nce = functools.partial(info_nce, labels=place, temperature=mask.temperature)
-            losses = jax.vmap(lambda said, keys, there: nce(unit_vectors(said), unit_vectors(keys), key_mask=there))(
-                logits, asked, there
-            )
-            scores = jnp.einsum("bld,bmd->blm", unit_vectors(logits), unit_vectors(asked))
-            right = jnp.where(there[:, None], scores, -jnp.inf).argmax(-1) == place
-            return {"loss": _sum(losses, hidden), "right": _sum(right, hidden), "count": hidden.sum(1)}
+            there = batch[f"{mask.entry(name)}:there"]
+            if mask.others == "batch":  # which only `loss` sees
+                return {"said": logits, "keys": asked, "there": there, "counts": counts}
+            losses, right = jax.vmap(functools.partial(_which, temperature=mask.temperature))(logits, asked, there)
+            return _chosen(losses, right, counts)
         asked = normalised_each(asked) if mask.answer == "normalised" else asked
         losses = regression_loss(logits, asked, huber=mask.answer == "huber")
         squares = {"error": jnp.square(logits - asked), "first": asked, "second": jnp.square(asked)}
-        return {"loss": _sum(losses, hidden), "count": hidden.sum(1)} | {n: _sum(x.mean(-1), hidden) for n, x in squares.items()}
+        return {"loss": _sum(losses, counts), "count": counts.sum(1)} | {n: _sum(x.mean(-1), counts) for n, x in squares.items()}
 
     def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
         losses, metrics = [], {}
-        for name, mask in self.masks.items():
+        for name, mask in self._asked.items():
             found, head = values[name], mask.head_of(name)
+            if mask.others == "batch":
+                counts = found["counts"]
+                of_all = {n: found[n].reshape(-1, *found[n].shape[2:]) for n in ("said", "keys", "there")}
+                each, right = _which(**of_all, temperature=mask.temperature)
+                found = _chosen(each.reshape(counts.shape), right.reshape(counts.shape), counts)
             count = total(found["count"])
             losses.append(found["loss"].sum() / count)
             if "right" in found:
@@ -324,7 +154,12 @@ class MaskedModelling(Objective):
 
 
 def of_tokens(output: Outputs, modality: str, head: str, length: int, stripped: bool = False) -> jax.Array:
-    """What a head says of the tokens of a modality alone, `(B, length, n)`; special ones in front are cut off."""
+    """What a head says of the tokens of a modality alone, `(B, length, n)`."""
+    return output.logits[head][:, places(output, modality, head, length, stripped)]
+
+
+def places(output: Outputs, modality: str, head: str, length: int, stripped: bool = False) -> slice:
+    """Where a head speaks of the tokens of a modality; special ones stand in front, if they are not `stripped`."""
     stream, said = stream_of(output.streams, modality), output.logits[head]
     if stream is None:
         raise InputError(f"head {head!r}: modality {modality!r} has no stream in this batch")
@@ -332,8 +167,20 @@ def of_tokens(output: Outputs, modality: str, head: str, length: int, stripped: 
     front = len(tokens.special) if not stripped and said.shape[1] == tokens.length else 0
     if said.shape[1] < front + length:
         raise InputError(f"head {head!r} answers {said.shape[1] - front} tokens, and {modality!r} has {length}")
-    return said[:, front : front + length]
+    return slice(front, front + length)
 
 
-def _sum(values: jax.Array, where: jax.Array) -> jax.Array:
-    return jnp.where(where, values, 0).sum(1)
+def _which(said: jax.Array, keys: jax.Array, there: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """Which of the keys that are there each is, `(N, D), (N, D), (N,)`: the loss, and whether the nearest is right, `(N,)`."""
+    said, keys, own = unit_vectors(said), unit_vectors(keys), jnp.arange(len(said))
+    best = jnp.where(there, similarity(said, keys), -jnp.inf).argmax(-1)
+    return info_nce(said, keys, own, temperature, there), best == own
+
+
+def _chosen(losses: jax.Array, right: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
+    """The sums over the tokens of each example."""
+    return {"loss": _sum(losses, counts), "right": _sum(right, counts), "count": counts.sum(1)}
+
+
+def _sum(values: jax.Array, counts: jax.Array) -> jax.Array:
+    return jnp.where(counts != 0, values * counts, 0).sum(1)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, unknown
-from mmx.losses import cross_entropy
+from mmx.heads import scores_of
+from mmx.losses import chunked_cross_entropy, cross_entropy
 from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.views import View, run_views
@@ -121,8 +123,29 @@ def classified(logits: jax.Array, labels: jax.Array, asked: jax.Array, **setting
 
     A label that is no class is not a number: the step is counted and moves nothing, and ten in a row stop the run.
     """
-    wrong = (labels < 0) | (labels >= logits.shape[-1])
-    return jnp.where(asked, jnp.where(wrong, jnp.nan, cross_entropy(logits, labels, **settings)), 0)
+    return _of_classes(cross_entropy(logits, labels, **settings), labels, logits.shape[-1], asked)
+
+
+def _of_classes(losses: jax.Array, labels: jax.Array, classes: int, asked: jax.Array) -> jax.Array:
+    wrong = (labels < 0) | (labels >= classes)
+    return jnp.where(asked, jnp.where(wrong, jnp.nan, losses), 0)
+
+
+def classified_tokens(
+    output: Outputs, head: str, at: slice, labels: jax.Array, asked: jax.Array, chunks: int, **settings: float
+) -> tuple[jax.Array, jax.Array]:
+    """`classified` by what a head says at these places, and the likeliest class, both `(B, L)`.
+
+    In several `chunks` the scores of ids are made, read and forgotten: those of all tokens are never held at once.
+    """
+    if chunks == 1:
+        logits = output.logits[head][:, at]  # (B, L, V)
+        return classified(logits, labels, asked, **settings), logits.argmax(-1)
+    scored = output.scored.get(head)
+    if scored is None:
+        raise InputError(f"chunks={chunks}: head {head!r} scores all tokens at once; set chunks=1")
+    losses, best = chunked_cross_entropy(scored.states[:, at], functools.partial(scores_of, scored), labels, chunks, **settings)
+    return _of_classes(losses, labels, len(scored.matrix), asked), best
 
 
 def check_entries(entries: Sequence[str], model: MultimodalTransformer) -> None:
@@ -142,5 +165,6 @@ def check_head(head: str, model: MultimodalTransformer) -> None:
 
 
 def total(x: jax.Array) -> jax.Array:
-    """The sum over the batch, 1 at least, to divide by."""
-    return jnp.maximum(x.sum(), 1)
+    """The sum over the batch, or 1 where it is 0, to divide by."""
+    found = x.sum()
+    return jnp.where(found == 0, 1, found)

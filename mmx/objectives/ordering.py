@@ -15,7 +15,8 @@ from mmx.layers.positions import grid_coordinates
 from mmx.modalities.embedder import COORDINATES, KEPT, PLACE
 from mmx.modalities.masking import modality_of
 from mmx.model import MultimodalTransformer
-from mmx.objectives.masking import EPS, of_tokens
+from mmx.objectives.hiding import EPS
+from mmx.objectives.masking import of_tokens
 from mmx.objectives.masks import lowest, wanted
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, classified, reading, total
 from mmx.objectives.views import View
