@@ -14,6 +14,7 @@ from mmx import modalities, objectives
 from mmx.data import Pipeline
 from mmx.errors import InputError
 from mmx.evaluate import Evaluation, Missing, Scores
+from mmx.modalities.masking import absent
 from mmx.objectives import (
     Captioning,
     Classification,
@@ -27,7 +28,7 @@ from mmx.objectives import (
     Ordering,
 )
 from mmx.parallel import MeshConfig, make_mesh
-from mmx.topologies import TOPOLOGIES, Joint, PerStream, Pool
+from mmx.topologies import BEYOND, TOPOLOGIES, Joint, PerStream, Pool
 from mmx.train import Task
 from mmx.train.accumulate import value_and_grad
 from mmx.types import Masked
@@ -50,6 +51,7 @@ ALL = {
     "bags": Contrastive(("image", "text", "text/other"), kind="mil_nce"),
     "where": Grounding(labels=("patch", "patches")),
     "answer": Grounding("text", ("image",), ("word",)),
+    "regions": Grounding(labels=("patches",), kind="binary"),
     "order": Ordering(rate=0.5),
     "runs": Ordering("text", ("image",), 0.5, size=3),
     "group": Classification(label="group", classes=3),
@@ -58,8 +60,11 @@ ALL = {
     "denoised": Captioning(masks={"image": Mask(0.5)}),
     "language": Captioning(given=()),
     "distilled": Distillation(),
+    "soft": Distillation(what="logits", head="classify_group"),
+    "pooled": Distillation(what="pooled"),
+    "states": Distillation(what="states"),
 }
-SUMMED = {"left", "aligned", "tokenwise", "where", "answer"}  # what summation cannot do
+SUMMED = {"left", "aligned", "tokenwise", "where", "answer", "regions"}  # what summation cannot do
 
 
 REGIONS = {
@@ -170,6 +175,111 @@ def test_what_summation_cannot_do_is_refused(tiny):
     for name in SUMMED:
         with pytest.raises(InputError, match=f"objectives.{name}.*sum"):
             make(tiny, {name: ALL[name]}, "early_summation")
+
+
+def traced(chosen, model, params, batch):
+    """The loss as a program, which is made and not run."""
+    return jax.eval_shape(program(chosen, model, gradient=False), params, batch)[0][0]
+
+
+@pytest.mark.parametrize(
+    "topology",
+    ["early_summation", *(pytest.param(t, marks=pytest.mark.slow) for t in (*TOPOLOGIES, *BEYOND) if t != "early_summation")],
+)
+def test_an_objective_can_be_trained_or_says_why_not(labelled, topology):
+    """In every topology: what `check` lets pass can be traced."""
+    embedders, refused = {"image": IMAGE, "text": TEXT}, set()
+    for chosen in (ALL, {"by_text": Matching(stream="text")}):
+        model = mmx.build_model(
+            embedders, topology, width=16, depth=2, heads=2, outputs=objectives.needed_heads(chosen, embedders)
+        )
+        passed = dict(chosen)
+        for name, objective in chosen.items():
+            try:
+                objectives.check({name: objective}, model)
+            except InputError:
+                refused.add(name)
+                del passed[name]
+        if passed:
+            assert traced(passed, model, mmx.model.abstract_params(model), labelled).shape == ()
+    assert refused == ({*SUMMED, "by_text"} if topology == "early_summation" else set())
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The smallest model that can be trained to do all of them."""
+    embedders = {"image": IMAGE, "text": TEXT}
+    heads = objectives.needed_heads(ALL, embedders)
+    model = mmx.build_model(embedders, "early_concatenation", width=16, depth=1, heads=2, outputs=heads)
+    return model, jax.jit(lambda key: model.init(key, mmx.example_batch(model)))(jax.random.key(0))["params"]
+
+
+def test_what_is_no_key_is_absent(small, labelled):
+    """All objectives take a batch without an entry; before training, where no batch would have it, each refuses it by name."""
+    model, params = small
+    for gone in (("image",), ("text", "text/other")):
+        lacking = {name: x for name, x in labelled.items() if name not in gone}
+        assert traced(ALL, model, params, lacking).shape == ()
+        for name, objective in ALL.items():
+            if named := [entry for entry in objective.entries if entry in gone]:
+                with pytest.raises(InputError, match=f"objectives.{name}: the batch has no entry {', '.join(named)}; name"):
+                    objectives.check_reached({name: objective}, model, params, lacking)
+    lacking = {"image": labelled["image"]}
+    with pytest.raises(InputError, match=r"objectives.x: the batch has no entry 'sound'.*a mask that is all False"):
+        objectives.corrupt({"x": Distillation(taught=("sound",))}, lacking, jax.random.key(0), Context(model, params, params))
+
+
+@pytest.mark.slow
+def test_what_is_no_key_gives_the_loss_of_what_is_absent(small, labelled):
+    model, params = small
+    compiled = program(ALL, model, gradient=False)
+    no_text = {name: x for name, x in labelled.items() if name != "text"}
+    (_, found), (_, expected) = (compiled(params, b)[0] for b in (no_text, {**labelled, "text": absent(labelled["text"])}))
+    for name in ALL:
+        np.testing.assert_allclose(found[f"loss/{name}"], expected[f"loss/{name}"], rtol=1e-5, err_msg=name)
+
+
+def test_who_is_absent_is_not_counted(small, labelled):
+    """The loss is that of the examples that are there; others behind them, of which nothing is there but labels, change nothing."""
+    model, params = small
+    there = np.arange(8) < 5
+    batch = {**labelled, "image": Masked(labelled["image"], there)}
+    batch |= {n: Masked(labelled[n].array, labelled[n].mask & there[:, None]) for n in ("text", "text/other")}
+    memory = objectives.memories(ALL, model)
+
+    @jax.jit
+    def values_of_all(params, batch):
+        out = objectives.corrupt(ALL, batch, jax.random.key(3), Context(model, params, params, memory))
+        return objectives.forward(ALL, model, params, out, None)
+
+    values = values_of_all(params, batch)
+    loss = jax.jit(lambda values: objectives.flatten_metrics(objectives.total_loss(ALL, values, memory)[1]))
+    found, expected = loss(values), loss(jax.tree.map(lambda x: x[:5], values))
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_all_objectives_accumulate(small, labelled):
+    """In parts of three, four and one."""
+    model, params = small
+    memory = objectives.memories(ALL, model)
+
+    def forward(params, batch, key):
+        return objectives.forward(ALL, model, params, batch, None)
+
+    def gradients(parts):
+        def run(params, batch):
+            out = objectives.corrupt(ALL, batch, jax.random.key(3), Context(model, params, params, memory))
+            return value_and_grad(forward, lambda x: objectives.total_loss(ALL, x, memory), params, out, jax.random.key(0), parts)
+
+        return jax.jit(run)(params, labelled)
+
+    ((loss, found), whole), ((other, parted), accumulated) = gradients(1), gradients((3, 4, 1))
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    for name in ALL:
+        np.testing.assert_allclose(parted[name]["loss"], found[name]["loss"], rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), accumulated, whole)
 
 
 def prepared(objective, model, batch, key=0):
@@ -504,6 +614,62 @@ def test_a_place_is_chosen_among_those_that_exist(tiny, labelled):
         )
 
 
+def test_each_token_is_asked_for_itself(tiny, labelled):
+    """Binary: the sum over the regions of the cross-entropy of whether each is meant."""
+    objective = ALL["regions"]
+    model, params = make(tiny, {"x": objective})
+    x = np.asarray(model.apply({"params": params}, {n: labelled[n] for n in ("image", "text")}).logits["ground_patches"][..., 0])
+    named = labelled["label/patches"]
+    each = np.log1p(np.exp(x)) - named * x
+    loss, metrics = objective.loss(values_of(objective, model, params, labelled))
+    np.testing.assert_allclose(loss, each.sum(1)[named.any(1)].mean(), rtol=1e-4)
+    right = named[np.arange(8), x.argmax(1)][named.any(1)]
+    np.testing.assert_allclose(metrics["ground_patches/accuracy"], right.mean(), rtol=1e-6)
+    assert np.isnan(objective.loss(values_of(objective, model, params, {**labelled, "label/patches": 2 * named}))[0])
+
+
+@pytest.mark.parametrize("what", ["logits", "embeddings", "pooled", "states"])
+def test_who_has_no_teacher_learns_nothing_of_it(tiny, labelled, what):
+    """The teacher reads texts, of which three examples have none: the loss is that of the others."""
+    same = {"logits": "text", "embeddings": "image", "pooled": "image", "states": "image"}[what]
+    objective = Distillation(("image",), ("text",) if same == "text" else ("image/better",), what=what, head="classify_group")
+    chosen = {"group": ALL["group"], "x": objective}
+    model, params = make(tiny, chosen)
+    there = np.arange(8) < 5
+    batch = {**labelled, "image/better": Masked(255 - labelled["image"], there)}
+    batch["text"] = Masked(labelled["text"].array, labelled["text"].mask & there[:, None])
+    average = jax.tree.map(lambda x: 1.3 * x, params)
+
+    @jax.jit
+    def values(batch):
+        out = objective.corrupt(batch, jax.random.key(0), Context(model, params, average))
+        return objectives.forward({"x": objective}, model, params, out, None)["x"]
+
+    found = values(batch)
+    np.testing.assert_array_equal(found["there"], there)
+    expected = objective.loss(jax.tree.map(lambda x: x[:5], found))[0]
+    np.testing.assert_allclose(objective.loss(found)[0], expected, rtol=1e-6)
+    assert expected > 1e-4
+
+
+def test_states_are_taught_token_by_token(tiny, labelled):
+    """The mean cosine distance of the tokens that exist, in NumPy; other widths are refused by name."""
+    objective = Distillation(("text",), ("text",), what="states")
+    model, params = make(tiny, {"x": objective})
+    average = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+    a, b = (np.asarray(model.apply({"params": p}, {"text": labelled["text"]}).streams["text"].values) for p in (params, average))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    there = labelled["text"].mask
+    expected = np.mean([(1 - cosine)[i][there[i]].mean() for i in range(8)])
+    out = objective.corrupt(labelled, jax.random.key(0), Context(model, params, average))
+    values = objectives.forward({"x": objective}, model, params, out, None)["x"]
+    np.testing.assert_allclose(objective.loss(values)[0], expected, rtol=1e-4)
+    wide, wider = make(tiny, {"x": objective}, width=64, embed=32)
+    out = Distillation(("text",), ("text",), what="states").corrupt(labelled, jax.random.key(0), Context(wide, wider, wider))
+    with pytest.raises(InputError, match=r"'text' has \(12, 32\) of an example and, of the teacher, \(12, 64\)"):
+        objectives.forward({"x": objective}, model, params, out, None)
+
+
 def test_held_out_examples_are_scored_without_a_teacher(tiny, labelled, one_device):
     """What a teacher says is no measure, for in an evaluation it is the model itself."""
     chosen = {"words": MaskedModelling(masks={"text": Mask(0.3)}, teacher=0.4), "near": Contrastive(teacher=0.4, queue=12)}
@@ -591,12 +757,37 @@ def test_who_keeps_streams_apart_cannot_describe(tiny, labelled):
         (Ordering(size=16), "which has no order"),
         (Classification(classes=1), "nothing to choose"),
         (Distillation(what="logits", head="nothing"), "'nothing'"),
+        (Matching(stream="words"), "unknown stream 'words'"),
     ],
     ids=lambda x: x.replace(" ", "_") if isinstance(x, str) else type(x).__name__,
 )
 def test_what_cannot_be_trained_is_refused_before_it_is(tiny, objective, reason):
     with pytest.raises(InputError, match=f"objectives.x: .*{reason}"):
         make(tiny, {"x": objective})
+
+
+@pytest.mark.parametrize("other", [Captioning(), MaskedModelling(masks={"text": Mask()}), ALL["left"]])
+def test_a_teacher_of_each_token_gives_no_logits(tiny, other):
+    (head,) = other.heads({"image": IMAGE, "text": TEXT})
+    with pytest.raises(InputError, match=f"objectives.x: head='{head}' is a .*, without one answer an example"):
+        make(tiny, {"other": other, "x": Distillation(what="logits", head=head)})
+
+
+def test_a_stream_that_is_summed_cannot_tell(tiny):
+    with pytest.raises(InputError, match=r"objectives.x: stream='text'.*sums the streams.*leave `stream` empty"):
+        make(tiny, {"x": Matching(stream="text")}, "early_summation")
+    make(tiny, {"x": Matching(stream="fused")}, "early_summation")
+
+
+def test_tables_that_tell_the_place_are_refused_and_segments_are_not(tiny):
+    corners = {"tables": {"segment": 2, "row": 8, "column": 8}}
+    sides = {"joined": {"box": (("x", 100, 16), ("y", 100, 16))}}
+    for given, named in ((corners, "row, column"), (sides, "box"), ({"vectors": {"when": 1}}, "when")):
+        with pytest.raises(InputError, match=f"objectives.x: modality='text': its {named} would move with the tokens"):
+            text = dataclasses.replace(TEXT, **given)
+            dataclasses.replace(tiny, modalities={"image": IMAGE, "text": text}, objectives={"x": ALL["runs"]})
+    text = dataclasses.replace(TEXT, tables={"segment": 2})
+    dataclasses.replace(tiny, modalities={"image": IMAGE, "text": text}, objectives={"x": ALL["runs"]})
 
 
 @pytest.mark.parametrize(

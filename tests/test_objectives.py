@@ -45,16 +45,16 @@ def test_a_view_is_read_off_a_larger_one_where_streams_keep_apart(tiny, batch):
     assert work("early_summation", wanted) == sum(work("early_summation", [v]) for v in wanted)
 
 
-def entries_of(objective, batch, key):
+def entries_of(objective, model, batch, key):
     """What is swapped, and the labels."""
     ((entry, *_),) = [[e for m, e in view.reads if m == "text"] for view in objective.views()]
-    out = objective.corrupt(batch, key, Context(None))
+    out = objective.corrupt(batch, key, Context(model))
     return out[entry], out[f"{entry}:label"]
 
 
-def test_matching_labels_say_what_is_swapped(batch):
-    objective = Matching(swap_rate=0.5)
-    corrupt = jax.jit(lambda key: entries_of(objective, batch, key))
+def test_matching_labels_say_what_is_swapped(tiny, batch):
+    objective, model = Matching(swap_rate=0.5), tiny.build_model()
+    corrupt = jax.jit(lambda key: entries_of(objective, model, batch, key))
     labels = []
     for seed in range(40):
         swapped, label = corrupt(jax.random.key(seed))
@@ -63,10 +63,30 @@ def test_matching_labels_say_what_is_swapped(batch):
     assert 0.4 < np.mean(labels) < 0.6
 
 
-def test_matching_calls_an_equal_text_equal(batch):
-    twins = dict(batch, text=jax.tree.map(lambda x: np.repeat(x[:1], len(x), 0), batch["text"]))
-    assert entries_of(Matching(swap_rate=1.0), twins, jax.random.key(0))[1].all()
-    assert not entries_of(Matching(swap_rate=1.0), batch, jax.random.key(0))[1].any()
+@pytest.mark.parametrize("kind", ["ids", "segments", "patches"])
+def test_matching_calls_an_equal_text_equal(tiny, batch, rng, kind):
+    """Twins with noise in the padding are equal; one that has fewer tokens, or other segments, is another one."""
+    tables = {"tables": {"segment": 4}} if kind == "segments" else {}
+    text = dataclasses.replace(tiny.modalities["text"], **tables)
+    model = mmx.build_model({**tiny.modalities, "text": text}, width=16, depth=2, heads=2)
+    entry, raw, length = ("image", batch["image"], 4) if kind == "patches" else ("text", batch["text"].array, 12)
+    there = np.tile(np.arange(length) < length - 1, (8, 1))
+    padding = np.zeros(raw.shape, bool)
+    padding[(slice(None), slice(16, 32), slice(16, 32)) if kind == "patches" else ~there] = True  # of an image the last patch
+    twins = np.where(padding, rng.integers(0, 255, raw.shape), raw[:1])
+    segments = np.where(there, 1, rng.integers(0, 3, there.shape))
+    objective = Matching(("text", "image") if kind == "patches" else ("image", "text"), swap_rate=1.0)
+
+    def labels(array, mask, segments=segments):
+        array = {"ids": array, "segment": segments} if kind == "segments" else array
+        corrupted = objective.corrupt({**batch, entry: mmx.Masked(array, mask)}, jax.random.key(0), Context(model))
+        return next(np.asarray(x) for name, x in corrupted.items() if name.endswith(":label"))
+
+    assert labels(twins, there).all() and not labels(raw, there).any()
+    lone = np.arange(8)[:, None] == 3
+    assert (1 - labels(twins, there & ~(lone & (np.arange(length) == 1)))).sum() == 2  # the lone one, and who is given it
+    if kind == "segments":
+        assert (1 - labels(twins, there, segments + lone)).sum() == 2
 
 
 def losses_of(model, params, batch, only=tuple(ALL)):
@@ -119,7 +139,7 @@ def test_matching_leaves_out_examples_that_lack_a_side(tiny, batch):
     corrupted = objective.corrupt(dict(batch, text=text), jax.random.key(3), Context(model))
     (outputs,) = run_views(model, params, corrupted, objective.views(), None).values()
     values = objective.select([outputs], corrupted)
-    there = np.asarray(entries_of(objective, dict(batch, text=text), jax.random.key(3))[0].mask).any(-1)
+    there = np.asarray(entries_of(objective, model, dict(batch, text=text), jax.random.key(3))[0].mask).any(-1)
     np.testing.assert_array_equal(values["there"], there)
     assert 0 < there.sum() < 8
     expected = mmx.losses.cross_entropy(values["logits"], values["label"])[there].mean()

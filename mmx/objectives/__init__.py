@@ -5,6 +5,7 @@ An objective is a frozen dataclass of settings. Its parts act in this order:
     check(model)                    whether this model can be trained to do it at all
     check_tokenizer(tokenizer)      whether the ids of texts are those it knows
     heads(modalities)               the heads it needs, {name: head}; the model is built with them
+    entries                         what of the batch it is about, by the fields that NAMING names; absent where it is no key
     corrupt(batch, key, context)    over the whole batch: adds masked, swapped or shuffled copies of its entries
     views()                         the forward passes it wants; equal ones of several objectives are run once
     select(outputs, batch)          what the loss needs of them, example by example: every leaf is (B, ...)
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, naming
+from mmx.modalities.masking import absent, modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.classifying import Classification
 from mmx.objectives.contrasting import Contrastive
@@ -63,9 +65,13 @@ def check(objectives: Mapping[str, Objective], model: MultimodalTransformer) -> 
 
 
 def check_reached(objectives: Mapping[str, Objective], model: MultimodalTransformer, params: Params, batch: Batch) -> None:
-    """The same for what a topology keeps apart; `params` and `batch` may be shapes."""
+    """The same for what a topology keeps apart, and for what no batch has; `params` and `batch` may be shapes."""
     for name, objective in objectives.items():
         with naming(f"objectives.{name}"):
+            if lacking := [entry for entry in objective.entries if entry not in batch]:
+                raise InputError(
+                    f"the batch has no entry {', '.join(lacking)}; name its field in data.fields, or leave it out here"
+                )
             check_reach(objective, model, params, prepared(objective, model, params, batch, objective.memory(model)))
 
 
@@ -76,12 +82,30 @@ def memories(objectives: Mapping[str, Objective], model: MultimodalTransformer) 
 
 
 def corrupt(objectives: Mapping[str, Objective], batch: Batch, key: jax.Array, context: Context) -> Batch:
-    """Lets every objective add its entries to the batch; `context.memory` is what they all remember."""
+    """Lets every objective add its entries to the batch; `context.memory` is what they all remember.
+
+    What an objective is about and the batch does not have, is absent from all its examples.
+    """
     for i, (name, objective) in enumerate(objectives.items()):
         with naming(f"objectives.{name}"):
+            batch = _filled(objective, batch, context)
             mine = dataclasses.replace(context, memory=(context.memory or {}).get(name))
             batch = objective.corrupt(batch, jax.random.fold_in(key, i), mine)
     return batch
+
+
+def _filled(objective: Objective, batch: Batch, context: Context) -> Batch:
+    """The batch with the entries that the objective is about; those that were no key are there of no example."""
+    size, filled = jax.tree.leaves(batch)[0].shape[0], dict(batch)
+    for entry in objective.entries:
+        if entry not in batch:
+            embedder: Any = context.model.modalities.get(modality_of(entry))
+            if embedder is None:
+                raise InputError(
+                    f"the batch has no entry {entry!r}, which only the teacher reads; give it, with a mask that is all False"
+                )
+            filled[entry] = absent(embedder.example(size))
+    return filled
 
 
 def forward(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError
+from mmx.heads import Reconstruction, Similarity, stream_of
 from mmx.losses import cosine_distance, distillation_loss, masked_mean
 from mmx.modalities import Ids
 from mmx.modalities.masking import modality_of
@@ -34,9 +35,10 @@ class Distillation(Objective):
     """The entries that the teacher reads."""
     teacher: str = ""
     """Folder of a run or of published weights; empty: the moving average of the model (`optimizer.ema`)."""
-    what: Literal["logits", "embeddings", "pooled"] = "embeddings"
+    what: Literal["logits", "embeddings", "pooled", "states"] = "embeddings"
     """logits: softened answers of a head; embeddings: vectors in the shared space, by their cosine; pooled: the mean of streams
-    that both have, by its cosine."""
+    that both have, by its cosine; states: each of their tokens behind the last stage, by its cosine (DistilBERT, arXiv
+    1910.01108, 3). What one of the two does not have of an example is not asked."""
     head: str = ""
     """The head of one answer an example whose logits these are; the model has it by another objective."""
     temperature: float = 2.0
@@ -47,7 +49,7 @@ class Distillation(Objective):
         if self.temperature <= 0:
             raise InputError(f"temperature={self.temperature}; it has to be more than 0")
         if self.what == "logits":
-            check_head(self.head, model)
+            self._check_answer(model)
         elif not self._both:
             raise InputError(f"what={self.what!r}: modalities={self.modalities} and taught={self.taught} have none in common")
         if self.what == "embeddings" and model.embed is None:
@@ -65,6 +67,13 @@ class Distillation(Objective):
                 f"teacher={self.teacher!r} was trained with another tokenizer, so it would read other words; set "
                 f"--data.tokenizer to its tokenizer.json"
             )
+
+    def _check_answer(self, model: MultimodalTransformer) -> None:
+        check_head(self.head, model)
+        head = model.heads[self.head]
+        if getattr(head, "per_token", False) or isinstance(head, (Reconstruction, Similarity)):
+            kind = type(head).__name__
+            raise InputError(f"head={self.head!r} is a {kind}, without one answer an example; name a head such as a Classifier")
 
     @property
     def _both(self) -> list[str]:
@@ -89,27 +98,47 @@ class Distillation(Objective):
 
         return {**batch, self._entry: context.ask(look, {entry: batch[entry] for entry in self.taught})}
 
-    def _said(self, output: Outputs) -> Any:
+    def _said(self, output: Outputs) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """What is compared, by name, `(B, n)` or of tokens `(B, L, n)`, and what of it exists, `(B,)` or `(B, L)`."""
+        streams = output.streams
         if self.what == "logits":
-            return output.logits[self.head]
-        said = output.embeddings if self.what == "embeddings" else output.pooled
+            return {self.head: (output.logits[self.head], jnp.stack([x.present for x in streams.values()]).any(0))}
+        if self.what == "states":
+            said = {name: (x.values, x.dense_mask) for name, x in streams.items()}
+        else:
+            vectors = output.embeddings if self.what == "embeddings" else output.pooled
+            said = {name: (x, streams[stream_of(streams, name) or name].present) for name, x in vectors.items()}
         return {name: x for name, x in said.items() if name in self._both or name == FUSED}
 
     def views(self) -> tuple[View, ...]:
         return (reading(*self.modalities, alone=self.what == "logits"),)
 
     def select(self, outputs: Sequence[Outputs], batch: Batch) -> Any:
-        said, taught, streams = self._said(outputs[0]), batch[self._entry], outputs[0].streams
-        if self.what == "logits":
-            there = jnp.stack([x.present for x in streams.values()]).any(0)
-            each = distillation_loss(said, taught, self.temperature)
-            agree = said.argmax(-1) == taught.argmax(-1)
-            more = tuple(range(1, each.ndim))
-            return {"loss": each.mean(more), "agree": agree.astype(jnp.float32).mean(more), "there": there}
+        said, taught = self._said(outputs[0]), batch[self._entry]
         both = [name for name in said if name in taught]
-        distance = jnp.stack([cosine_distance(said[name], taught[name]) for name in both]).mean(0)
-        there = functools.reduce(jnp.logical_and, [jnp.square(taught[name]).sum(-1) > 0 for name in both])
-        return {"loss": distance, "agree": 1 - distance, "there": there & jnp.stack([x.present for x in streams.values()]).any(0)}
+        if not both:
+            raise InputError(
+                f"what={self.what!r}: the model has {', '.join(said)}, the teacher {', '.join(taught)}: none in common"
+            )
+        found = [self._compare(name, *said[name], *taught[name]) for name in both]
+        loss, agree, there = (jnp.stack(each) for each in zip(*found, strict=True))
+        return {"loss": loss.mean(0), "agree": agree.mean(0), "there": there.all(0)}
+
+    def _compare(self, name: str, said: jax.Array, here: jax.Array, taught: jax.Array, known: jax.Array) -> tuple[jax.Array, ...]:
+        """How far the model is from its teacher, how well they agree, and whether both are there: each `(B,)`."""
+        if said.shape != taught.shape:
+            forms = f"{said.shape[1:]} of an example and, of the teacher, {taught.shape[1:]}"
+            raise InputError(f"what={self.what!r}: {name!r} has {forms}; choose a teacher, or modalities, of the same form")
+        if self.what == "logits":
+            loss = distillation_loss(said, taught, self.temperature)
+            agree = (said.argmax(-1) == taught.argmax(-1)).astype(jnp.float32)
+        else:
+            loss = cosine_distance(said, taught)
+            agree = 1 - loss
+        there = (here & known).reshape(len(loss), -1)  # (B, tokens), or (B, 1)
+        count = jnp.maximum(there.sum(1), 1)
+        loss, agree = (jnp.where(there, x.reshape(there.shape), 0).sum(1) / count for x in (loss, agree))
+        return loss, agree, there.any(1)
 
     def loss(self, values: Any, memory: Any = None) -> tuple[jax.Array, Metrics]:
         agree = masked_mean(values["agree"], values["there"])
@@ -121,7 +150,7 @@ class Distillation(Objective):
         teacher = _load(self.teacher).model
         check_entries(self.taught, teacher)
         if self.what == "logits":
-            check_head(self.head, teacher)
+            self._check_answer(teacher)
         if self.what == "embeddings" and teacher.embed != model.embed:
             raise InputError(
                 f"what='embeddings': spaces of {model.embed} and, of the teacher, {teacher.embed} numbers; they must be one"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmx.errors import InputError
 from mmx.heads import TokenClassifier
-from mmx.losses import grounding_loss
+from mmx.losses import binary_cross_entropy, grounding_loss
 from mmx.modalities.masking import modality_of, present
 from mmx.model import MultimodalTransformer
 from mmx.objectives.masking import of_tokens
@@ -22,10 +22,11 @@ from mmx.types import Batch, Metrics, Outputs
 
 @dataclasses.dataclass(frozen=True)
 class Grounding(Objective):
-    """Which tokens of one modality are meant by the others: a choice among all of them.
+    """Which tokens of one modality are meant by the others: a choice among all of them, or a question to each.
 
-    The regions of an image that a phrase names (ViLBERT's referring expressions, MDETR); with two labels, the first and the last
-    frame of the moment that a subtitle belongs to (HERO's VSM, arXiv 2005.00200, 3.2.3), or the ends of an answer in a text.
+    The regions of an image that a phrase names (MDETR; ViLBERT's referring expressions, each by itself); with two labels, the
+    first and the last frame of the moment that a subtitle belongs to (HERO's VSM, arXiv 2005.00200, 3.2.3), or the ends of an
+    answer in a text.
     """
 
     modality: str = "image"
@@ -36,6 +37,9 @@ class Grounding(Objective):
     """Names among data.labels, each a choice of its own. The batch holds as label/NAME the number of the token (B,), where -1
     asks nothing; or how surely each token is meant (B, tokens), where all 0, or what is not a number, asks nothing. Tokens are
     those that the embedder reads: of a text, [BOS] is number 0."""
+    kind: Literal["softmax", "binary"] = "softmax"
+    """softmax: the tokens share out what is meant (MDETR, arXiv 2104.12763, 2.2); binary: each is asked for itself how surely it
+    is meant, 0 to 1, and an example's loss is the sum over its tokens (12-in-1, arXiv 1912.02315)."""
     head: str = ""
     """A head that the model has already; empty: one of its own, ground_LABELS."""
 
@@ -103,8 +107,13 @@ class Grounding(Objective):
             remedy = f"for numbers of tokens set data.labels.{entry.removeprefix('label/')}.classes to {there.shape[1]}"
             raise InputError(f"{entry}: expected {form}, got {label.dtype} {label.shape}; {remedy}")
         wrong |= ((named > 0) & ~there).any(1)
+        if self.kind == "binary":
+            wrong |= (named > 1).any(1)
+            each = jnp.where(there, binary_cross_entropy(scores, named), 0).sum(1)
+        else:
+            each = grounding_loss(scores, named, there)
         asked = there.any(1) & ((named > 0).any(1) | wrong)
-        loss = jnp.where(wrong, jnp.nan, grounding_loss(scores, named, there))  # of what is no token: see `classified`
+        loss = jnp.where(wrong, jnp.nan, each)  # of what is no token: see `classified`
         best = jnp.where(there, scores, -jnp.inf).argmax(1)
         return loss, asked & (jnp.take_along_axis(named, best[:, None], 1)[:, 0] > 0), asked
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmx.errors import InputError, at_least
+from mmx.errors import InputError, at_least, unknown
 from mmx.heads import Classifier, Pooler
 from mmx.losses import (
     cross_entropy,
@@ -23,6 +23,7 @@ from mmx.modalities.masking import modality_of, present
 from mmx.model import MultimodalTransformer
 from mmx.objectives.objective import Context, Objective, check_entries, check_head, reading
 from mmx.objectives.views import View
+from mmx.topologies import Sum
 from mmx.types import Batch, Metrics, Outputs
 
 
@@ -76,13 +77,24 @@ class Matching(Objective):
             raise InputError("negatives='hard' are near in the shared space, and the model has none; build it with embed > 0")
         if self.alignment and not all(stage.separate for stage in model.stages):
             raise InputError("alignment: this topology sums the streams into one; there are no words and regions left to align")
+        if self.stream and not self.head:
+            self._check_stream(model)
+
+    def _check_stream(self, model: MultimodalTransformer) -> None:
+        read, made = list(map(modality_of, self.modalities)), [name for stage in model.stages for name in stage.makes]
+        if self.stream not in (*read, *made):
+            raise InputError(unknown("stream", self.stream, (*read, *made)))
+        if self.stream in read and any(isinstance(stage, Sum) for stage in model.stages):
+            raise InputError(
+                f"stream={self.stream!r}: this topology sums the streams into one; leave `stream` empty, which reads it"
+            )
 
     def heads(self, modalities: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         own = Classifier(2, self.stream, pooler=Pooler("mean")) if self.stream else Classifier(2)
         return {} if self.head else {self._head: own}
 
     def corrupt(self, batch: Batch, key: jax.Array, context: Context) -> Batch:
-        original = batch[self.modalities[-1]]
+        original = jax.tree.map(jnp.asarray, batch[self.modalities[-1]])
         size = jax.tree.leaves(original)[0].shape[0]
         shift_key, swap_key = jax.random.split(key)
         swap = jax.random.bernoulli(swap_key, self.swap_rate, (size,))
@@ -92,7 +104,9 @@ class Matching(Objective):
         else:
             shift = jax.random.randint(shift_key, (), 1, max(size, 2))
             other = jax.tree.map(lambda x: jnp.roll(x, shift, axis=0), original)
-        same = jnp.stack([_rows_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (original, other)), strict=True)]).all(0)
+        embedder = context.model.modalities[modality_of(self.modalities[-1])]
+        both = zip(_existing(embedder, original), _existing(embedder, other), strict=True)
+        same = jnp.stack([(a == b).reshape(size, -1).all(1) for a, b in both]).all(0)
 
         def pick(mine: jax.Array, theirs: jax.Array) -> jax.Array:
             return jnp.where(swap.reshape(-1, *[1] * (mine.ndim - 1)), theirs, mine)
@@ -131,5 +145,15 @@ class Matching(Objective):
         return loss, metrics
 
 
-def _rows_equal(a: jax.Array, b: jax.Array) -> jax.Array:
-    return (a == b).reshape(a.shape[0], -1).all(-1)
+def _existing(embedder: Any, raw: Any) -> list[jax.Array]:
+    """What a raw value tells of the tokens that exist, each `(B, ...)`; whatever stands in the padding is zeros."""
+    fields, there = embedder.read(raw)[0], embedder.there(raw)
+    told = jax.tree.leaves({**fields, embedder.reads[0]: embedder.content(raw)})
+    if there is None:
+        return told
+
+    def hidden(x: jax.Array) -> jax.Array:
+        by_token = x.shape[:2] == there.shape
+        return jnp.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, 0) if by_token else x
+
+    return [there, *map(hidden, told)]

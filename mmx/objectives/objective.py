@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -66,11 +66,19 @@ class Objective(abc.ABC):
     """What a model is trained to do: a frozen dataclass of settings, whose parts act in the order of `mmx.objectives`.
 
     An entry of the batch is named by its modality, or by it and what is told apart behind a slash: `text/question` is read by
-    the modality `text`.
+    the modality `text`. `NAMING`: which of the fields name entries of the batch.
     """
+
+    NAMING: ClassVar[tuple[str, ...]] = ("modality", "modalities", "masks", "given", "text", "taught")
 
     weight: float = dataclasses.field(default=1.0, kw_only=True)
     """Share in the total loss; 0 leaves it out."""
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entries of the batch that it is about, each once; labels are not among them."""
+        named = [getattr(self, field, ()) for field in self.NAMING]
+        return tuple(dict.fromkeys(entry for value in named for entry in ([value] if isinstance(value, str) else value)))
 
     def check(self, model: MultimodalTransformer) -> None:
         """Raises an InputError, before training, for what this model cannot be trained to do, with the reason."""

@@ -23,6 +23,8 @@ from mmx.objectives.views import View
 from mmx.topologies import Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
 
+SEGMENT = "segment"  # the one table that is known to tell no place within it
+
 
 @dataclasses.dataclass(frozen=True)
 class Ordering(Objective):
@@ -79,8 +81,11 @@ class Ordering(Objective):
             raise InputError(f"modality={self.modality!r}: a token of {kind} hears of its neighbours before it can change places")
         if embedder.special_position or getattr(embedder, "last", False):
             raise InputError(f"modality={self.modality!r}: special_position and last have places that are not exchanged")
-        if embedder.vectors:
-            raise InputError(f"modality={self.modality!r}: its vectors {', '.join(embedder.vectors)} may tell the place")
+        if telling := [name for name in (*embedder.tables, *embedder.joined, *embedder.vectors) if name != SEGMENT]:
+            raise InputError(
+                f"modality={self.modality!r}: its {', '.join(telling)} would move with the tokens and may tell where they stood; "
+                f"order a modality without tables and vectors, but for a table {SEGMENT!r}"
+            )
         if self._units(embedder) < 2:
             raise InputError(f"modality={self.modality!r}: with size={self.size} it has one unit, which has no order")
         if any(isinstance(stage, Sum) for stage in model.stages) and self.sentences:
