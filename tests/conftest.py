@@ -24,6 +24,7 @@ import mmx
 from mmx import evaluate
 from mmx.data import DataConfig, Pipeline
 from mmx.train import CheckpointConfig, Experiment, LogConfig, ModelConfig, OptimizerConfig
+from mmx.types import Masked
 
 
 def pytest_collection_modifyitems(items):
@@ -72,3 +73,18 @@ def one_device() -> list:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def labelled(batch):
+    ids, here = batch["text"].array, batch["text"].mask
+    return {
+        "image": batch["image"],
+        "text": Masked(ids, here & (np.arange(12) < 9)),
+        "text/other": Masked(ids[::-1], here[::-1] & (np.arange(8) != 3)[:, None]),
+        "label/group": np.arange(8, dtype=np.int32) % 3,
+        "label/patch": np.arange(-1, 15, 2, dtype=np.int32),
+        "label/patches": np.repeat(np.eye(8, dtype=np.float32), 2, 1) * (np.arange(8) != 4)[:, None],
+        "label/word": np.array([0, 1, 0, 2, -1, 1, 0, 1], np.int32),
+        "label/size": np.linspace(-1, 1, 8, dtype=np.float32),
+    }
