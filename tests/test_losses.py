@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from pathlib import Path
 
 import golden
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mmx import losses
+from mmx.errors import InputError
 from mmx.parallel import MeshConfig, batch_sharding, make_mesh
 
 
@@ -266,6 +268,52 @@ def test_grounding_and_ranking(rng):
     np.testing.assert_allclose(losses.ranking_loss(np.asarray([1.0, 0.2]), np.asarray([0.5, 0.15])), [0, 0.05], atol=1e-6)
 
 
+def test_overlap_of_boxes():
+    a = np.asarray([0, 0, 2, 2], "f")
+    for b, expected in [
+        ([0, 0, 2, 2], 1),
+        ([1, 0, 3, 2], 1 / 3),
+        ([2, 0, 4, 2], 0),
+        ([3, 0, 4, 1], -3 / 8),
+        ([0, 0, 1, 1], 1 / 4),
+    ]:
+        np.testing.assert_allclose(losses.generalized_iou(a, np.asarray(b, "f")), expected, atol=1e-6)
+    np.testing.assert_allclose(losses.corners(np.asarray([3, 2, 4, 2], "f")), [1, 1, 5, 3])
+
+
+def test_boxes_are_told_by_the_queries_that_are_cheapest_for_them(rng):
+    """Against every way to give boxes their queries, by the paper's formula; what does not exist, and any order, changes nothing."""
+    logits, named = normal(rng, 2, 4, 5), soft(rng, 2, 3, 5)
+    predicted, told, there = boxes(rng, 2, 4, 4), boxes(rng, 2, 3, 4), np.asarray([[1, 1, 1], [0, 1, 0]], bool)
+    log, total = np.asarray(jax.nn.log_softmax(logits)), 0.0
+    overlap = np.asarray(losses.generalized_iou(losses.corners(predicted)[:, :, None], losses.corners(told)[:, None]))
+    for i in range(2):
+        real = np.flatnonzero(there[i])
+        ways = []
+        for queries in itertools.permutations(range(4), len(real)):
+            apart = [np.abs(predicted[i, q] - told[i, g]).sum() for q, g in zip(queries, real, strict=True)]
+            of_box = sum(5 * x + 2 * (1 - overlap[i, q, g]) for x, q, g in zip(apart, queries, real, strict=True))
+            cost = of_box - sum(np.exp(log[i, q]) @ named[i, g] for q, g in zip(queries, real, strict=True))
+            names = -sum(log[i, q] @ named[i, g] for q, g in zip(queries, real, strict=True))
+            names -= sum(0.1 * log[i, q, -1] for q in range(4) if q not in queries)
+            ways.append((cost, names + of_box))
+        total += min(ways)[1]
+    found = losses.set_grounding_loss(logits, predicted, named, told, there)
+    np.testing.assert_allclose(found, total / 4, rtol=1e-5)
+    noise = np.where(there[..., None], told, np.nan)
+    np.testing.assert_allclose(losses.set_grounding_loss(logits, predicted, named, noise, there), found, rtol=1e-6)
+    order = [2, 0, 1]
+    np.testing.assert_allclose(
+        losses.set_grounding_loss(logits[:, ::-1], predicted[:, ::-1], named[:, order], told[:, order], there[:, order]),
+        found,
+        rtol=1e-6,
+    )
+    with pytest.raises(InputError, match="2 queries for 3 boxes"):
+        losses.set_grounding_loss(logits[:, :2], predicted[:, :2], named, told, there)
+    none = losses.set_grounding_loss(logits, predicted, named, told, np.zeros_like(there))
+    np.testing.assert_allclose(none, -0.1 * log[..., -1].sum(), rtol=1e-5)
+
+
 def test_every_other_row_is_ranked_below_the_partner(rng):
     forth, back = rng.standard_normal((2, 4, 4)).astype("f")
     mask = np.asarray([True, False, True, True])
@@ -343,6 +391,14 @@ def matrix(rng):
     return normal(rng, D, V)
 
 
+THREE = np.arange(3) < np.array([3, 0, 2, 1, 3, 2])[:B, None]  # boxes of each example
+
+
+def boxes(rng, *shape):
+    """Boxes of many sizes, centre and size."""
+    return np.concatenate([rng.uniform(0.2, 0.8, (*shape[:-1], 2)), rng.uniform(0.1, 0.6, (*shape[:-1], 2))], -1).astype("f")
+
+
 GRADIENTS = {  # name: the loss of what has a gradient, and that, each by its shape
     "cross_entropy": (lambda x: losses.cross_entropy(x, LABELS, 0.1, 1e-2), [(normal, B, L, V)]),
     "chunked_cross_entropy": (lambda x, w: losses.chunked_cross_entropy(x, lambda s: jnp.einsum("...d,dv->...v", s, w, preferred_element_type=jnp.float32), LABELS, 3, 0.1, 1e-2)[0], [(normal, B, L, D), (normal, D, V)]),
@@ -370,8 +426,17 @@ GRADIENTS = {  # name: the loss of what has a gradient, and that, each by its sh
     "unit_vectors": (losses.unit_vectors, [(normal, B, D)]),
     "similarity": (lambda a, b: losses.similarity(a, b, 3.0), [(normal, B, D), (normal, B, D)]),
     "masked_mean": (lambda x: losses.masked_mean(x, ROWS), [(normal, B)]),
+    "corners": (losses.corners, [(boxes, B, 4)]),
+    "generalized_iou": (lambda a, b: losses.generalized_iou(losses.corners(a), losses.corners(b)), [(boxes, B, 4), (boxes, B, 4)]),
+    "set_grounding_loss": (lambda x, y: losses.set_grounding_loss(x, y, soft(np.random.default_rng(7), B, 3, V), boxes(np.random.default_rng(8), B, 3, 4), THREE), [(normal, B, 5, V), (boxes, B, 5, 4)]),
 }  # fmt: skip
-OTHERS = {"region_labels", "hard_negatives", "transport_plan", "transport_distance"}  # choices, and a plan that is held fixed
+OTHERS = {
+    "region_labels",
+    "hard_negatives",
+    "set_assignment",
+    "transport_plan",
+    "transport_distance",
+}  # choices, and a plan held fixed
 
 
 def test_what_is_held_fixed_has_no_gradient(rng):

@@ -12,6 +12,7 @@ from mmx.losses.alignment import (
     transport_plan,
     word_region_alignment_loss,
 )
+from mmx.losses.boxes import corners, generalized_iou, set_assignment, set_grounding_loss
 from mmx.losses.contrasting import (
     batch_ranking_loss,
     clip_loss,
@@ -54,10 +55,12 @@ __all__ = [
     "binary_cross_entropy",
     "chunked_cross_entropy",
     "clip_loss",
+    "corners",
     "cosine_cost",
     "cosine_distance",
     "cross_entropy",
     "distillation_loss",
+    "generalized_iou",
     "grounding_loss",
     "hard_negatives",
     "info_nce",
@@ -72,6 +75,8 @@ __all__ = [
     "region_labels",
     "regression_loss",
     "sampled_nce",
+    "set_assignment",
+    "set_grounding_loss",
     "sigmoid_loss",
     "similarity",
     "symmetric_cross_entropy",
