@@ -145,6 +145,7 @@ def test_models_are_listed_and_profiled(capsys):
     assert cli.main(["list", "--help"]) == 0 and cli.main(["profile", "--help"]) == 0
 
 
+@pytest.mark.slow
 def test_a_study_matches_parameters_or_flops(tiny):
     from mmx.study import cost, match
 

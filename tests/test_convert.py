@@ -62,7 +62,9 @@ def test_there_and_back(name, tmp_path):
             np.testing.assert_array_equal(found[field], array, err_msg=field)
 
 
-@pytest.mark.parametrize(("name", "family"), [("OpenClipCLIP", ""), ("TimmBeit", ""), ("CoCa", "coca")])
+@pytest.mark.parametrize(
+    ("name", "family"), [("OpenClipCLIP", ""), ("TimmBeit", ""), pytest.param("CoCa", "coca", marks=pytest.mark.slow)]
+)
 def test_folders_of_other_libraries_become_runs(name, family, tmp_path):
     """A run, and what is made of it, have the names of the family itself."""
     there, back = tmp_path / "run", tmp_path / "back"

@@ -29,10 +29,9 @@ from mmx.topologies import BEYOND, TOPOLOGIES, PerStream
 from mmx.train.accumulate import value_and_grad
 from mmx.types import Masked
 
-QUICK = ("multi_to_one",)
 
-
-@pytest.mark.parametrize("topology", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_padding_and_what_is_absent_change_no_loss(tiny, labelled, topology):
     """Noise where nothing is; and an example without text, in all objectives at once."""
     chosen = {n: o for n, o in ALL.items() if not (topology == "early_summation" and n in SUMMED)}

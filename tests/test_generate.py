@@ -30,6 +30,7 @@ CASES = {name: (name, {}) for name in (*TOPOLOGIES, *BEYOND) if name not in NEVE
 CASES["rotary"] = ("early_concatenation", {"rotary": 100.0})
 CASES["relative"] = ("multi_to_one", {"relative": Buckets(8)})
 CASES["unrolled"] = ("cross_attention", {"unroll": 8})
+QUICK = ("multi_to_one", "cross_to_concatenation", "prefix", "decoder", "rotary")
 
 
 def build(topology, **block):
@@ -51,7 +52,7 @@ def keys(tree):
     return jax.tree.unflatten(structure, list(jax.random.split(jax.random.key(1), len(leaves))))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_what_is_remembered_is_what_is_computed_again(rng, case):
     """Rows are at different places at the same time; what stands further on in a row is no matter."""
     topology, block = CASES[case]

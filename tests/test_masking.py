@@ -205,7 +205,7 @@ def test_a_token_behind_the_ids_is_never_hidden(rng):
     assert jnp.isfinite(value) and 0 <= metrics["masked_text/accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("kind", "length"), [(Captioning, 11), (MaskedModelling, 12)])
+@pytest.mark.parametrize(("kind", "length"), [(Captioning, 11), pytest.param(MaskedModelling, 12, marks=pytest.mark.slow)])
 def test_scores_in_chunks_are_the_same_loss(tiny, labelled, kind, length):
     """In four chunks, as in one; and then the scores of all tokens are held nowhere."""
     plain, whole = kind(), kind(label_smoothing=0.1, z_loss=1e-3)

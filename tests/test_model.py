@@ -22,6 +22,8 @@ from mmx.topologies import TOPOLOGIES, cross_attention, early_concatenation
 from mmx.train import Task, make_state, train_step
 from mmx.types import Tokens
 
+QUICK = ("early_summation", "multi_to_one")  # the others in CI
+
 
 def modalities():
     return {"image": Patches((16, 16), (8, 8)), "text": Ids(50, 6), "audio": Ids(20, 5)}
@@ -56,7 +58,7 @@ def inputs(rng):
     }
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES])
 def test_any_subset_embeds(topology, inputs):
     """Every subset of modalities works, and equals the whole batch with the others masked in every example."""
     model = build(topology)

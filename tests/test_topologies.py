@@ -45,6 +45,7 @@ from mmx.zoo.weights import flat
 
 BLOCK = BlockConfig(width=8, heads=2, mlp=16)
 EVERY = (*TOPOLOGIES, *BEYOND)
+QUICK = ("early_summation", "cross_to_concatenation")  # the others in CI
 NAMES = ("image", "text", "audio", "video", "pose")
 
 
@@ -118,7 +119,7 @@ def same(a, b, atol=2e-5):
         np.testing.assert_allclose(a[name], b[name], atol=atol)
 
 
-@pytest.mark.parametrize("topology", EVERY)
+@pytest.mark.parametrize("topology", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in EVERY])
 @settings(max_examples=2, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5),
@@ -781,6 +782,7 @@ def test_gathering_is_the_formula(rng):
     np.testing.assert_allclose(added[0], np.asarray(params["params"]["position"])[[0, 1, 2, 3, 3]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_latent_tokens_leave_and_answer_at_learned_places(rng):
     """Blocks gone through again are the same layers twice; a stream that is not answered ends; widths are as they come."""
     streams = {name: Tokens(rng.standard_normal((2, 4, 6)).astype("f")) for name in ("image", "text")}

@@ -152,6 +152,7 @@ def test_options_work_together(tiny):
     assert len(set(losses)) == 6 and records(tiny.run)[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_resuming_equals_never_stopping(tiny, tmp_path):
     """Saved at step 4, gone on to 6: metrics, parameters, moments, average and counters of an uninterrupted run."""
     whole = dataclasses.replace(tiny, run=str(tmp_path / "whole"))
@@ -185,6 +186,7 @@ def assert_same_state(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_a_finished_run_only_evaluates_again(cheap):
     train(cheap)
     before = kept(cheap.run)
@@ -275,6 +277,7 @@ def test_differences_name_nested_fields(tiny):
     assert len(lines) == 1 and lines[0].startswith("modalities.audio: null -> {")
 
 
+@pytest.mark.slow
 def test_a_step_with_nan_is_skipped_counted_and_shown(cheap, monkeypatch, capsys):
     poison(monkeypatch, {3, 4})
     train(cheap)
@@ -337,6 +340,7 @@ def test_a_full_disk_is_named(cheap):
         train(cheap)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_named(cheap, tmp_path):
     """No file may grow beyond 64 KiB: the parameters do not fit, as on a full disk."""
     import resource
