@@ -126,6 +126,7 @@ def contrastive_loss(
     kind = SOFTMAX if logit_bias is None else SIGMOID
     scale, bias = (jnp.asarray(0 if x is None else x, jnp.float32) for x in (logit_scale, logit_bias))
     mask = jnp.ones(len(image), bool) if mask is None else jnp.asarray(mask)
+    image, text = (x.astype(jnp.float32) for x in (image, text))  # a partner's share of the gradient nearly cancels the others'
     each = _each(kind, image, text, scale, bias, mask != 0, form, block, batch_axes(len(image), axes))
     return masked_mean(jnp.where(mask != 0, each, 0), mask)
 

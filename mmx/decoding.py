@@ -111,7 +111,9 @@ class Decoding:
 
 
 def check_prompts(name: str, ids: Any, mask: Any, padded: Literal["behind", "before"]) -> None:
-    """Refuses prompts `ids (B, P)` whose ids that exist, by `mask (B, P)`, do not stand at one end, or that have none.
+    """Refuses prompts `ids (B, P)` behind whose ids that exist, by `mask (B, P)`, nothing can be written, or that have none.
+
+    Those padded behind have all their ids in front; of those padded before their ids the last place is one.
 
     It looks at what this process holds; of values inside `jax.jit`, or spread over others, it sees the shapes alone.
     """
@@ -120,12 +122,12 @@ def check_prompts(name: str, ids: Any, mask: Any, padded: Literal["behind", "bef
     if isinstance(mask, Tracer) or not getattr(mask, "is_fully_addressable", True):
         return
     there = np.asarray(mask) != 0
-    count, places = there.sum(1, keepdims=True), np.arange(there.shape[1])
-    expected = places < count if padded == "behind" else places >= there.shape[1] - count
-    for i in np.flatnonzero((there != expected).any(1) | (count[:, 0] == 0))[:1]:
+    front = np.arange(there.shape[1]) < there.sum(1, keepdims=True)
+    wrong = (there != front).any(1) | ~there.any(1) if padded == "behind" else ~there[:, -1]
+    for i in np.flatnonzero(wrong)[:1]:
         raise InputError(
             f"{name}: the mask of prompt {i} is {there[i].astype(int).tolist()}; prompts are padded {padded} their ids, "
-            f"and have one id at least"
+            f"of which there is one at least"
         )
 
 

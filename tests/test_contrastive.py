@@ -134,3 +134,25 @@ def test_the_ring_holds_one_block_however_many_devices_and_blocks(bias):
     two, eight = held(2, 128, "ring"), held(8, 128, "ring")
     assert eight <= 1.05 * two and held(8, 32, "ring") < eight
     assert eight < held(8, 128, "gather") / 5
+
+
+@pytest.mark.parametrize("form", ["gather", "ring"])
+def test_a_small_gradient_of_half_precision_is_that_of_float32(rng, form):
+    """Where pairs are told apart already, a partner's share of the gradient and that of all others nearly cancel."""
+    image, _ = vectors(rng)
+    image = jnp.asarray(image, jnp.bfloat16)
+
+    def gradient(image, form):
+        return jax.jit(jax.grad(lambda x: contrastive_loss(x, image, 20.0, form=form, block=8)))(image).astype("f")
+
+    expected = gradient(image.astype("f"), "dense")
+    np.testing.assert_allclose(gradient(image, form), expected, atol=0.01 * float(jnp.abs(expected).max()))
+
+
+def test_axes_that_xla_may_not_divide_are_refused(rng):
+    image, text = vectors(rng)
+    with (
+        jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))),
+        pytest.raises(InputError, match=r"axes=\('data',\): data is not Auto; make the mesh with axis_types="),
+    ):
+        contrastive_loss(image, text, 7.0, form="ring", axes="data")

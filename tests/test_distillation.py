@@ -15,6 +15,7 @@ from mmx.objectives import (
     Mask,
     MaskedModelling,
 )
+from mmx.topologies import PerStream
 from mmx.types import Masked
 
 
@@ -65,3 +66,27 @@ def test_a_teacher_of_each_token_gives_no_logits(tiny, other):
     (head,) = other.heads({"image": IMAGE, "text": TEXT})
     with pytest.raises(InputError, match=f"objectives.x: head='{head}' is a .*, without one answer an example"):
         make(tiny, {"other": other, "x": Distillation(what="logits", head=head)})
+
+
+def test_of_two_streams_the_one_that_is_there_is_taught(tiny, labelled):
+    """Three examples have no text: their loss is that of the image alone; of the others it is the mean of both."""
+    there = np.arange(8) < 5
+    batch = {**labelled, "text": Masked(labelled["text"].array, labelled["text"].mask & there[:, None])}
+    both, image, text = (Distillation(names, names, what="embeddings") for names in (("image", "text"), ("image",), ("text",)))
+    model, params = make(tiny, {"x": both})
+    average = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+    model = model.clone(stages=(PerStream(1, model.stages[0].block),))  # nothing of one reaches the other
+    params, average = ({n: x for n, x in p.items() if not n.startswith("stages_1")} for p in (params, average))
+
+    def values(objective):
+        def run(params, average):
+            out = objective.corrupt(batch, jax.random.key(0), Context(model, params, average))
+            return objectives.forward({"x": objective}, model, params, out, None)["x"]
+
+        return jax.jit(run)(params, average)
+
+    found, of_image, of_text = map(values, (both, image, text))
+    assert found["there"].all() and (of_text["there"] == there).all()
+    expected = np.where(there, (of_image["loss"] + of_text["loss"]) / 2, of_image["loss"])
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    assert expected.min() > 1e-4

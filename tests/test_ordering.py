@@ -48,4 +48,7 @@ def test_tables_that_tell_the_place_are_refused_and_segments_are_not(tiny):
             text = dataclasses.replace(TEXT, **given)
             dataclasses.replace(tiny, modalities={"image": IMAGE, "text": text}, objectives={"x": ALL["runs"]})
     text = dataclasses.replace(TEXT, tables={"segment": 2})
+    sentences = dataclasses.replace(ALL["runs"], size=1, sentences="sentence")
+    with pytest.raises(InputError, match="objectives.x: modality='text': its segment would move with the tokens"):
+        dataclasses.replace(tiny, modalities={"image": IMAGE, "text": text}, objectives={"x": sentences})
     dataclasses.replace(tiny, modalities={"image": IMAGE, "text": text}, objectives={"x": ALL["runs"]})

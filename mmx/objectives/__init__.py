@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.errors import InputError, naming
-from mmx.modalities.masking import absent, modality_of
+from mmx.modalities.masking import WORDS, absent, modality_of
 from mmx.model import MultimodalTransformer
 from mmx.objectives.classifying import Classification
 from mmx.objectives.contrasting import Contrastive
@@ -104,7 +104,9 @@ def _filled(objective: Objective, batch: Batch, context: Context) -> Batch:
                 raise InputError(
                     f"the batch has no entry {entry!r}, which only the teacher reads; give it, with a mask that is all False"
                 )
-            filled[entry] = absent(embedder.example(size))
+            example = embedder.example(size)
+            filled[entry] = absent(example)
+            filled.setdefault(f"{entry}/{WORDS}", jnp.full(embedder.content(example).shape[:2], -1))  # no token is of a word
     return filled
 
 

@@ -101,6 +101,9 @@ class Captioning(Objective):
             batch = {**batch, self._entry: Masked({**fields, GROUP: group}, there)}
         return batch
 
+    def evaluated(self) -> Objective:
+        return dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
+
     def views(self) -> tuple[View, ...]:
         given = [(modality_of(n), self.masks[n].entry(n) if n in self.masks else n) for n in self.given]
         return (View((*given, (self._writer, self._entry)), (self._writer,)),)

@@ -121,8 +121,9 @@ class Distillation(Objective):
                 f"what={self.what!r}: the model has {', '.join(said)}, the teacher {', '.join(taught)}: none in common"
             )
         found = [self._compare(name, *said[name], *taught[name]) for name in both]
-        loss, agree, there = (jnp.stack(each) for each in zip(*found, strict=True))
-        return {"loss": loss.mean(0), "agree": agree.mean(0), "there": there.all(0)}
+        loss, agree, there = (jnp.stack(each) for each in zip(*found, strict=True))  # (streams, B), 0 where one is not there
+        count = jnp.maximum(there.sum(0), 1)
+        return {"loss": loss.sum(0) / count, "agree": agree.sum(0) / count, "there": there.any(0)}
 
     def _compare(self, name: str, said: jax.Array, here: jax.Array, taught: jax.Array, known: jax.Array) -> tuple[jax.Array, ...]:
         """How far the model is from its teacher, how well they agree, and whether both are there: each `(B,)`."""

@@ -96,7 +96,7 @@ class MaskedModelling(Objective):
         return {**batch, self._taught: context.ask(look, {entry: batch[entry] for _, entry in view.reads})}
 
     def evaluated(self) -> Objective:
-        return dataclasses.replace(self, teacher=0.0)
+        return dataclasses.replace(self, teacher=0.0, label_smoothing=0.0, z_loss=0.0)
 
     def views(self) -> tuple[View, ...]:
         return (reading(*self.given, *(mask.entry(name) for name, mask in self.masks.items())),)

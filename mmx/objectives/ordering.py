@@ -23,7 +23,7 @@ from mmx.objectives.views import View
 from mmx.topologies import Sum
 from mmx.types import Batch, Masked, Metrics, Outputs
 
-SEGMENT = "segment"  # the one table that is known to tell no place within it
+SEGMENT = "segment"  # the one table that is known to tell no place within it, but of a sentence it is the place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Ordering(Objective):
             raise InputError(f"modality={self.modality!r}: a token of {kind} hears of its neighbours before it can change places")
         if embedder.special_position or getattr(embedder, "last", False):
             raise InputError(f"modality={self.modality!r}: special_position and last have places that are not exchanged")
-        if telling := [name for name in (*embedder.tables, *embedder.joined, *embedder.vectors) if name != SEGMENT]:
+        if telling := [
+            name for name in (*embedder.tables, *embedder.joined, *embedder.vectors) if name != SEGMENT or self.sentences
+        ]:
             raise InputError(
                 f"modality={self.modality!r}: its {', '.join(telling)} would move with the tokens and may tell where they stood; "
                 f"order a modality without tables and vectors, but for a table {SEGMENT!r}"

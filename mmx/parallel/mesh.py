@@ -131,13 +131,16 @@ def batch_axes(rows: int, axes: Sequence[str] | None = None) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and axes is None:
         return ()
-    names = RULES["batch"] if axes is None else tuple(axes)
+    names = RULES["batch"] if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
     if mesh.empty:
         raise InputError(f"axes={names}: no mesh is set; enter one, `with jax.set_mesh(mesh):`")
     for name in names:
         if name not in mesh.shape:
             hint = "; name those of the batch by axes=" if axes is None else ""
             raise InputError(f"axes={names}: {unknown('mesh axis', name, mesh.shape)}{hint}")
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if explicit := [name for name in names if kinds[name] != AxisType.Auto]:
+        raise InputError(f"axes={names}: {', '.join(explicit)} is not Auto; make the mesh with axis_types=(AxisType.Auto, ...)")
     if rows % (devices := math.prod(mesh.shape[name] for name in names)):
         raise InputError(
             f"a batch of {rows} rows cannot be split over {devices} devices, mesh axes {names}; take a multiple of {devices} rows"
