@@ -145,4 +145,4 @@ def batch_axes(rows: int, axes: Sequence[str] | None = None) -> tuple[str, ...]:
         raise InputError(
             f"a batch of {rows} rows cannot be split over {devices} devices, mesh axes {names}; take a multiple of {devices} rows"
         )
-    return names
+    return tuple(name for name in mesh.axis_names if name in names)  # a ring goes round in the order of the mesh
